@@ -1,0 +1,1 @@
+"""Training of some or all weights on a task."""

@@ -1,0 +1,1 @@
+"""More layers or width from a smaller model."""

@@ -1,0 +1,1 @@
+"""Weights shared across layers."""

@@ -1,0 +1,1 @@
+"""Data sources: text in, packed and split token sequences out."""

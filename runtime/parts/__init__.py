@@ -1,0 +1,1 @@
+"""Parts that fill a slot of a stage."""

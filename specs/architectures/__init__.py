@@ -1,0 +1,1 @@
+"""Architectures as data: configuration keys and tensor names to blocks, and back."""

@@ -1,0 +1,1 @@
+"""Shipped recipes; each is compiled by a test."""

@@ -1,0 +1,1 @@
+"""Machines as data: memory, rates, bandwidth."""
