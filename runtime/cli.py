@@ -1,7 +1,7 @@
 """The `effc` command: one table of verbs; each verb imports what it needs when it runs.
 
-A verb is a function `verb(options: argparse.Namespace) -> int` in the module its row names. It returns the exit
-code: 0 done, 1 a problem in the input, 2 usage, 3 a contract or an `expect` failed, 130 interrupted.
+A verb is a function `verb(options: argparse.Namespace) -> int` in the module its row names. It returns the
+exit code: 0 done, 1 a problem in the input, 2 usage, 3 a contract or an `expect` failed, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -1,0 +1,216 @@
+"""This machine as a target: measured by `effc bench --calibrate`, else estimated from what the system says.
+
+The measured description lies in the user's cache, under the host's processor, so that a shared home directory
+serves unlike machines. Rates are medians of short runs: matrix products, a copy larger than the caches, a file
+that is written and synced, and small additions for the price of starting one operation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from effc.specs.target import Target, named_target, read_target
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 1 << 30
+_GEMM, _COPY_BYTES, _FILE_BYTES = 1024, 256 << 20, 64 << 20
+
+
+def this_machine(device: str = "cpu") -> Target:
+    """The calibrated description if there is one, else a quick estimate; imports no torch for the CPU."""
+    path = calibrated_path(device)
+    return read_target(path) if path.is_file() else estimate(device)
+
+
+def chosen_target(target: Path | None, device: str | None = None) -> Target:
+    """What `--target` and `--device` mean together."""
+    return named_target(target) if target is not None else this_machine(device or "cpu")
+
+
+def calibrated_path(device: str) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.sha256(f"{_processor()}|{cores()}".encode()).hexdigest()[:12]
+    return home / "effc" / "targets" / f"{device}-{key}.yaml"
+
+
+def estimate(device: str = "cpu") -> Target:
+    """A description without a measurement: rates by instruction set, deliberately modest."""
+    if device == "cuda":
+        import torch
+
+        at_hand = torch.cuda.is_available()
+        memory = (
+            torch.cuda.get_device_properties(0).total_memory if at_hand else named_target("h200").memory_bytes
+        )
+        return named_target("h200").model_copy(update={"name": "estimated-gpu", "memory_bytes": memory})
+    flags = _cpu_flags()
+    per_core = 45e9 if "avx512f" in flags else 30e9 if "avx2" in flags else 8e9
+    half = 9.0 if "amx_bf16" in flags else 1.5 if "avx512_bf16" in flags else 0.7
+    n = cores()
+    return Target(
+        name="estimated-cpu",
+        summary=f"{n} cores of {_processor()}, not calibrated",
+        cores=n,
+        memory_bytes=memory_bytes(),
+        gemm={"float32": n * per_core, "bfloat16": n * per_core * half, "float64": n * per_core / 2},
+        bandwidth=6e9 * n,
+        disk_read=8e8,
+        disk_write=3e8,
+        overhead=8e-6,
+        base_bytes=420_000_000,
+    )
+
+
+def calibrate(device: str = "cpu") -> Target:
+    """Measure for about five seconds and write the description into the user's cache."""
+    import torch
+
+    place = torch.device(device)
+    gemm = {
+        str(dtype).removeprefix("torch."): _gemm_rate(dtype, place)
+        for dtype in (torch.float32, torch.bfloat16, torch.float64)
+    }
+    read, write = _disk_rates(Path.cwd())
+    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else memory_bytes()
+    target = Target(
+        name=f"this-{device}",
+        summary=f"{cores()} cores of {_processor()}",
+        device="cuda" if device == "cuda" else "cpu",
+        cores=cores(),
+        memory_bytes=memory,
+        gemm=gemm,
+        bandwidth=_bandwidth(place),
+        disk_read=read,
+        disk_write=write,
+        overhead=_overhead(place),
+        base_bytes=_idle_bytes(),
+        calibrated=True,
+    )
+    path = calibrated_path(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(yaml.safe_dump(target.model_dump(), sort_keys=False), encoding="utf-8")
+    aside.replace(path)
+    return target
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes() -> int:
+    """Bytes of RAM this process may use: the machine's, or the smaller limit of its control group."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+    texts = [p.read_text().strip() for p in limits if p.is_file()]
+    return min([total, *(int(t) for t in texts if t.isdigit())])
+
+
+def disk_free(folder: Path) -> int:
+    """Bytes that are free where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+# ---- the measurements
+
+
+def _median_rate(amount: float, work: Callable[[], object], place: torch.device, runs: int = 7) -> float:
+    """amount / median seconds of `work`, after two runs to warm up."""
+    import torch
+
+    seconds = []
+    for i in range(runs + 2):
+        start = time.perf_counter()
+        work()
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        if i >= 2:
+            seconds.append(time.perf_counter() - start)
+    return float(f"{amount / statistics.median(seconds):.3g}")
+
+
+def _gemm_rate(dtype: torch.dtype, place: torch.device) -> float:
+    import torch
+
+    n = _GEMM if place.type == "cpu" else 8 * _GEMM
+    a, b = torch.ones(n, n, dtype=dtype, device=place), torch.ones(n, n, dtype=dtype, device=place)
+    return _median_rate(2.0 * n**3, lambda: a @ b.T, place)
+
+
+def _bandwidth(place: torch.device) -> float:
+    import torch
+
+    source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=place)
+    to = torch.empty_like(source)
+    return _median_rate(2.0 * _COPY_BYTES, lambda: to.copy_(source), place)
+
+
+def _overhead(place: torch.device) -> float:
+    import torch
+
+    small = torch.zeros(16, device=place)
+
+    def thousand() -> None:
+        for _ in range(1000):
+            torch.add(small, 1.0)
+
+    return float(f"{1 / _median_rate(1000, thousand, place):.3g}")
+
+
+def _disk_rates(folder: Path) -> tuple[float, float]:
+    """(read, write) bytes a second; the read may come from the page cache, as it does in a run."""
+    block = os.urandom(_FILE_BYTES)
+    with tempfile.TemporaryDirectory(dir=folder if os.access(folder, os.W_OK) else None) as work:
+        path = Path(work) / "block"
+        start = time.perf_counter()
+        with path.open("wb") as file:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        written = time.perf_counter()
+        path.read_bytes()
+        read = time.perf_counter()
+    return float(f"{_FILE_BYTES / (read - written):.3g}"), float(f"{_FILE_BYTES / (written - start):.3g}")
+
+
+def _idle_bytes() -> int:
+    """Resident bytes of a child that has imported torch and done nothing else."""
+    import subprocess
+    import sys
+
+    code = "import torch; print(open('/proc/self/statm').read().split()[1])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+    return int(out) * os.sysconf("SC_PAGE_SIZE") if out.strip().isdigit() else 420_000_000
+
+
+def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_flags() -> frozenset[str]:
+    return frozenset(_cpuinfo("flags").split())
+
+
+def _cpuinfo(key: str) -> str:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return ""
+    for line in path.read_text().splitlines():
+        if line.split("\t")[0].split(":")[0].strip() == key:
+            return line.partition(":")[2].strip()
+    return ""
