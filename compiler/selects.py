@@ -1,0 +1,64 @@
+"""Selects: the recipe words `select`, `except` and `rules`, for methods that touch some modules of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from effc.specs.base import Spec
+from effc.specs.diagnostic import Diagnostic, EffcError
+from effc.specs.select import Rule, resolve
+
+if TYPE_CHECKING:
+    from effc.compiler.model import Model
+
+DEFAULT_ROLES = ("attention", "mlp", "moe.experts")
+"""Touched when nothing is selected: never embedding, head, router or norm."""
+
+WEIGHTS = ("embedding", "head", *DEFAULT_ROLES)
+"""Roles that hold a weight matrix and may be selected by name."""
+
+
+class Selects(Spec):
+    """Mixin: picks modules by selectors; later rules win, and may give a module other arguments."""
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    overrides: ClassVar[tuple[str, ...]] = ()
+    """Own fields that a rule may set for the modules it names."""
+
+    select: tuple[str, ...] = Field((), description="modules to touch; default: weights of attention and mlp")
+    except_: tuple[str, ...] = Field((), alias="except", description="modules to leave out")
+    rules: tuple[Rule, ...] = Field((), description="per module: skip, or other arguments; the last one wins")
+
+    def targets(self, model: Model) -> dict[str, Self]:
+        """Path -> the method as it applies there, in model order; raises EffcError as `specs.select` does."""
+        names = [name for name in model.names() if name.role.split(".")[0] in {r.split(".")[0] for r in WEIGHTS}]
+        table = resolve(self.select or _default(names), self.except_, self.rules, names)
+        return {path: self.at(path, given) for path, given in table.items() if given is not None}
+
+    def at(self, path: str, given: Mapping[str, Any]) -> Self:
+        """This method with the arguments of a rule. Raises EffcError E211 when it takes no such argument."""
+        if not given:
+            return self
+        foreign = [key for key in given if key not in self.overrides]
+        if foreign:
+            raise EffcError(
+                Diagnostic(
+                    "E211",
+                    f"a rule of `{self.kind}` cannot set `{foreign[0]}`",
+                    notes=(f"the rule applies to {path}",),
+                    help=f"rules may set: {', '.join(('skip', *self.overrides))}",
+                )
+            )
+        fields = {name: getattr(self, name) for name in type(self).model_fields}
+        try:
+            return type(self).model_validate({**fields, **given})
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            title = f"a rule of `{self.kind}` sets `{first['loc'][0] if first['loc'] else path}` to a wrong value"
+            raise EffcError(
+                Diagnostic("E212", title, notes=(f"at {path}: {first['msg'].lower()}",))
+            ) from error

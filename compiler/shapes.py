@@ -1,0 +1,126 @@
+"""The four shapes of a method, by what it must be given: nothing, data, a loop, other models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol, runtime_checkable
+
+from pydantic import Field
+from torch import Tensor
+
+from effc.compiler.method import Batch, DataRef, Method, Optimizer, Schedule, Slot
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from effc.compiler.model import Model
+    from effc.compiler.rewrite import Rewriter
+
+Losses = Mapping[str, Tensor]
+"""Named scalars of one batch; `total` is what is minimized."""
+
+
+class Rewrite(Method):
+    """Needs nothing but the model: drop, fold, round, tie, factor."""
+
+    def rewrite(self, rw: Rewriter) -> None:
+        """Edit the clone behind `rw`."""
+        raise NotImplementedError
+
+    def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
+        self.rewrite(rw)
+
+
+@runtime_checkable
+class Statistic(Protocol):
+    """What a calibrating method gathers about one input; grows with every batch, holds O(K) or O(K^2)."""
+
+    def add(self, x: Tensor) -> None:
+        """Take in x [N, K] float, N rows that entered the watched modules."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything gathered, as tensors."""
+
+
+class Calibrate(Method):
+    """Needs to see activations first: GPTQ, Wanda. Runs layer by layer (runtime/calibrate.py).
+
+    For each layer in order: watched modules see the hidden states that the *edited* earlier layers
+    produce, `rewrite_layer` edits the layer, and the edited layer produces the states for the next.
+    """
+
+    data: DataRef = Field(description="calibration sequences")
+    samples: int = Field(128, ge=1, description="sequences of the train split that are seen")
+
+    def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
+        """Those of a layer's module paths whose inputs are needed; may be empty."""
+        raise NotImplementedError
+
+    def start(self, rw: Rewriter, path: str) -> Statistic:
+        """An empty statistic for the input of one watched module.
+
+        Modules that read the same tensor (q, k, v; gate, up) share one statistic.
+        """
+        raise NotImplementedError
+
+    def rewrite_layer(
+        self, rw: Rewriter, paths: Sequence[str], seen: Mapping[str, Statistic]
+    ) -> Mapping[str, float]:
+        """Edit the modules at `paths` with what was seen; return an error per edited path."""
+        raise NotImplementedError
+
+
+class Observe(Calibrate):
+    """A calibration that watches whole blocks, then edits the model as one piece: depth pruning."""
+
+    def observe(self, layer: int, before: Tensor, after: Tensor) -> Tensor:
+        """The statistic of one batch at one block: hidden states [B, T, D] in and out -> sums, added up."""
+        raise NotImplementedError
+
+    def rewrite(self, rw: Rewriter, seen: Mapping[int, Tensor]) -> Mapping[str, float]:
+        """Edit the clone; `seen` maps a layer to the sum of its statistics. Returns numbers to report."""
+        raise NotImplementedError
+
+    def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
+        return []
+
+
+class Train(Method):
+    """Needs a training loop: heal, distill, fine-tune. The runtime owns the loop; methods own losses."""
+
+    data: DataRef = Field(description="training sequences")
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch: int = Field(8, ge=1, description="sequences in one optimizer step")
+    accumulate: int = Field(1, ge=1, description="parts a batch is computed in, to need less memory")
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient; above it the gradient shrinks")
+    optimizer: Annotated[Optimizer | None, Slot("train.optimizer", "adamw")] = Field(
+        None, description="how gradients become steps"
+    )
+    schedule: Annotated[Schedule | None, Slot("train.schedule", "cosine")] = Field(
+        None, description="the learning rate over the steps"
+    )
+
+    def trains(self, model: Model) -> list[str]:
+        """Names of the parameters that move."""
+        raise NotImplementedError
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Losses:
+        """Named scalars, `total` among them; teachers by field name."""
+        raise NotImplementedError
+
+
+class Merge(Method):
+    """Needs more models of the same structure. Streamed by row blocks, so it never holds a model."""
+
+    models: ClassVar[tuple[int, int | None]] = (2, None)
+
+    def survey(self, blocks: Iterable[Sequence[np.ndarray]]) -> Mapping[str, np.ndarray]:
+        """What must be known of a whole tensor before its blocks merge, e.g. thresholds.
+
+        `blocks` yields, block by block, float32 arrays [rows, columns], one per model. Default: nothing.
+        """
+        return {}
+
+    def merge(self, block: Sequence[np.ndarray], known: Mapping[str, np.ndarray]) -> np.ndarray:
+        """One block of rows of every model, float32 -> the merged block."""
+        raise NotImplementedError
