@@ -1,1 +1,28 @@
-"""The blocks a model is made of; each knows its op form and its cost."""
+"""Blocks and units: the modules a model is made of, each with a typed constructor and no pickle."""
+
+from effc.compiler.blocks.attention import Attention
+from effc.compiler.blocks.embedding import Embedding, Table
+from effc.compiler.blocks.head import Scale, Softcap
+from effc.compiler.blocks.linear import Linear, StackedLinear
+from effc.compiler.blocks.mlp import MLP
+from effc.compiler.blocks.moe import Experts, MoE
+from effc.compiler.blocks.norm import Norm
+from effc.compiler.blocks.patch_embed import PatchEmbed
+from effc.compiler.blocks.unit import REGISTRY, Unit
+
+__all__ = [
+    "MLP",
+    "REGISTRY",
+    "Attention",
+    "Embedding",
+    "Experts",
+    "Linear",
+    "MoE",
+    "Norm",
+    "PatchEmbed",
+    "Scale",
+    "Softcap",
+    "StackedLinear",
+    "Table",
+    "Unit",
+]

@@ -46,8 +46,12 @@ class Packed(nn.Module):
             raise ValueError(f"group {self.group} does not divide in_features {self.in_features}")
         self.rows = rows
         lines, groups = self.grid
-        zeros = None if self.symmetric else empty_buffer(packed_bytes(lines * groups, self.bits), dtype="uint8")
-        self.register_buffer("packed", empty_buffer(rows, packed_bytes(self.in_features, self.bits), dtype="uint8"))
+        zeros = (
+            None if self.symmetric else empty_buffer(packed_bytes(lines * groups, self.bits), dtype="uint8")
+        )
+        self.register_buffer(
+            "packed", empty_buffer(rows, packed_bytes(self.in_features, self.bits), dtype="uint8")
+        )
         self.register_buffer("scales", empty_buffer(lines, groups, dtype=self.scale_dtype))
         self.register_buffer("zeros", zeros)
 

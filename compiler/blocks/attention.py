@@ -1,0 +1,122 @@
+"""Attention: multi-head, grouped or windowed, with rotary positions, q/k norms and soft-capping.
+
+Shapes: x [B, T, d], q [B, H, T, h], k and v [B, Hk, S, h] with S keys; H query heads, Hk key heads, h width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effc.compiler.blocks.head import softcap
+from effc.compiler.blocks.linear import Linear
+from effc.compiler.blocks.norm import Norm
+from effc.compiler.blocks.rope import checked, rotate, tables
+from effc.compiler.blocks.unit import DTYPES, Unit
+from effc.compiler.step import Step
+
+
+class Attention(Unit):
+    """y = W_o softmax(mask(cap(scale q k^T))) v, with q, k, v = W x (+ b), normed and rotated where asked."""
+
+    takes_step = True
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        bias: bool = False,
+        bias_o: bool = False,
+        rope: Mapping[str, Any] | None = None,
+        qk_norm: float = 0.0,
+        window: int | None = None,
+        causal: bool = True,
+        cap: float | None = None,
+        scale: float | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        """`qk_norm`: eps of the norms over each head of q and k (0: none); `window`: keys a query may see."""
+        super().__init__()
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(f"{heads} query heads do not divide over {kv_heads} key heads")
+        self.width = width
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.head_dim = head_dim
+        self.bias = bias
+        self.bias_o = bias_o
+        self.rope = checked(rope) if rope is not None else None
+        self.qk_norm = qk_norm
+        self.window = window
+        self.causal = causal
+        self.cap = cap
+        self.scale = scale
+        self.dtype = dtype
+        inner, outer = heads * head_dim, kv_heads * head_dim
+        self.q = Linear(in_features=width, out_features=inner, bias=bias, dtype=dtype)
+        self.k = Linear(in_features=width, out_features=outer, bias=bias, dtype=dtype)
+        self.v = Linear(in_features=width, out_features=outer, bias=bias, dtype=dtype)
+        self.o = Linear(in_features=inner, out_features=width, bias=bias_o, dtype=dtype)
+        if qk_norm:
+            self.q_norm = Norm(width=head_dim, eps=qk_norm, dtype=dtype)
+            self.k_norm = Norm(width=head_dim, eps=qk_norm, dtype=dtype)
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by: 1 / sqrt(h) unless the model says otherwise."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+    def flops(self, mean: int) -> int:
+        keys = mean if self.window is None else min(mean, self.window)
+        return 4 * keys * self.heads * self.head_dim
+
+    def kv_bytes(self) -> int:
+        return 2 * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize if self.causal else 0
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        batch, length = x.shape[:2]
+        q = self.q(x).view(batch, length, self.heads, self.head_dim)
+        k = self.k(x).view(batch, length, self.kv_heads, self.head_dim)
+        v = self.v(x).view(batch, length, self.kv_heads, self.head_dim)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if self.rope is not None:
+            cos, sin = tables(self.rope, self.head_dim, step, x.dtype)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask, ordered = step.mask(length, self.causal, self.window)
+        if step.cache is not None:
+            k, v = step.cache.extend(self, k, v)
+        y = attend(q, k, v, mask, ordered, self.factor, self.cap)
+        out: Tensor = self.o(y.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim))
+        return out
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ordered: bool, scale: float, cap: float | None
+) -> Tensor:
+    """q [B, H, T, h], k, v [B, Hk, S, h], mask [B or 1, 1, T, S] bool -> [B, H, T, h].
+
+    `ordered` says that query t sees keys 0..t (T equals S); soft-capping needs the scores themselves.
+    """
+    grouped = q.shape[1] != k.shape[1]
+    if cap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=ordered, scale=scale, enable_gqa=grouped
+        )
+    if grouped:
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = softcap(q @ k.transpose(2, 3) * scale, cap)
+    if ordered:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    return torch.softmax(wide, -1).to(q.dtype) @ v

@@ -1,0 +1,61 @@
+"""MLP: the feed-forward block, gated (SwiGLU and kin) or plain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effc.compiler.blocks.linear import Linear
+from effc.compiler.blocks.unit import Unit
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "tanh"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "tanh": torch.tanh,
+}
+
+
+class MLP(Unit):
+    """Gated: down(act(gate x) * up x). Plain: down(act(up x)).  x [B, T, width], inside [B, T, hidden]."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        hidden: int,
+        activation: Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.hidden = hidden
+        self.activation = activation
+        self.gated = gated
+        self.bias = bias
+        self.dtype = dtype
+        if gated:
+            self.gate = Linear(in_features=width, out_features=hidden, bias=bias, dtype=dtype)
+        self.up = Linear(in_features=width, out_features=hidden, bias=bias, dtype=dtype)
+        self.down = Linear(in_features=hidden, out_features=width, bias=bias, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = ACTIVATIONS[self.activation]
+        inner: Tensor = act(self.gate(x)) * self.up(x) if self.gated else act(self.up(x))
+        out: Tensor = self.down(inner)
+        return out

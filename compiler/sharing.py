@@ -1,0 +1,87 @@
+"""Sharing: tensors that several names or several models hold, and module trees copied without their data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+
+def aliases(module: nn.Module) -> dict[str, str]:
+    """Names that share a parameter or buffer object with an earlier name: alias -> first name."""
+    first: dict[int, str] = {}
+    found: dict[str, str] = {}
+    everything = (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    )
+    for name, tensor in everything:
+        owner = first.setdefault(id(tensor), name)
+        if owner != name:
+            found[name] = owner
+    return found
+
+
+def put(gm: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
+    """Set one tensor (as one parameter, where a parameter was) at all names."""
+    new: Tensor | None = None
+    for name in names:
+        path, _, leaf_name = name.rpartition(".")
+        module = gm.get_submodule(path)
+        slots: dict[str, Any] = module._parameters if leaf_name in module._parameters else module._buffers
+        old = slots[leaf_name]
+        if new is None:
+            parameter = isinstance(old, nn.Parameter)
+            new = nn.Parameter(tensor.detach(), old.requires_grad) if parameter else tensor
+        slots[leaf_name] = new
+
+
+def cloned_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
+    """Copies of all called modules, with tensors of their own that share storage."""
+    memo: dict[int, Tensor] = {}
+    called = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr"))
+    return {path: cloned(gm.get_submodule(path), memo) for path in called}
+
+
+def cloned(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
+    """A copy of a module tree without copying data; `memo` keeps ties."""
+    new = module.__class__.__new__(module.__class__)
+    new.__dict__ = dict(module.__dict__)
+    slots: dict[str, Any]
+    for kind in ("_parameters", "_buffers"):
+        slots = {}
+        for name, tensor in getattr(module, kind).items():
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = _shared(tensor)
+            slots[name] = None if tensor is None else memo[id(tensor)]
+        new.__dict__[kind] = slots
+    new.__dict__["_modules"] = {n: m and cloned(m, memo) for n, m in module._modules.items()}
+    return new
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    return tensor.detach()
+
+
+def cloned_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph; node.meta goes along."""
+    new = fx.Graph()
+    new.output(new.graph_copy(graph, {}))
+    return new
+
+
+def tie(gm: nn.Module, alias: str, owner: str) -> None:
+    """Make the tensor named `alias` the very same object as the one named `owner`."""
+    source, _, name = owner.rpartition(".")
+    path, _, slot = alias.rpartition(".")
+    tensor = getattr(gm.get_submodule(source), name)
+    module = gm.get_submodule(path)
+    slots: dict[str, Any] = module._parameters if slot in module._parameters else module._buffers
+    if slot not in slots:
+        raise KeyError(f"{path} has no tensor {slot}")
+    if slots[slot].shape != tensor.shape:
+        raise ValueError(f"{alias} {list(slots[slot].shape)} cannot be {owner} {list(tensor.shape)}")
+    slots[slot] = tensor

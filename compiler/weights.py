@@ -1,0 +1,35 @@
+"""Weights that are read when needed: a lazy tensor knows its shape and dtype and how to be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor on disk (or made from tensors there by renaming, transposing, splitting, stacking)."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    """Reads the tensor anew at every call; no memory is kept."""
+
+    @property
+    def nbytes(self) -> int:
+        count = 1
+        for n in self.shape:
+            count *= n
+        return count * self.dtype.itemsize
+
+
+WeightSource = MutableMapping[str, LazyTensor]
+"""Canonical tensor name -> lazy tensor. What a stage has written is no longer in it."""
+
+
+def resident(tensor: Tensor) -> LazyTensor:
+    """A tensor in memory, seen as a lazy one."""
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
