@@ -1,8 +1,8 @@
 """This machine as a target: measured by `effc bench --calibrate`, else estimated from what the system says.
 
 The measured description lies in the user's cache, under the host's processor, so that a shared home directory
-serves unlike machines. Rates are medians of short runs: matrix products, a copy larger than the caches, a file
-that is written and synced, and small additions for the price of starting one operation.
+serves unlike machines. Rates are medians of short runs: matrix products, a copy larger than the caches, a
+file that is written and synced, and small additions for the price of starting one operation.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def estimate(device: str = "cpu") -> Target:
         cores=n,
         memory_bytes=memory_bytes(),
         gemm={"float32": n * per_core, "bfloat16": n * per_core * half, "float64": n * per_core / 2},
+        solve=n * per_core / 6,
         bandwidth=6e9 * n,
         disk_read=8e8,
         disk_write=3e8,
@@ -92,6 +93,7 @@ def calibrate(device: str = "cpu") -> Target:
         cores=cores(),
         memory_bytes=memory,
         gemm=gemm,
+        solve=_solve_rate(place),
         bandwidth=_bandwidth(place),
         disk_read=read,
         disk_write=write,
@@ -150,6 +152,15 @@ def _gemm_rate(dtype: torch.dtype, place: torch.device) -> float:
     n = _GEMM if place.type == "cpu" else 8 * _GEMM
     a, b = torch.ones(n, n, dtype=dtype, device=place), torch.ones(n, n, dtype=dtype, device=place)
     return _median_rate(2.0 * n**3, lambda: a @ b.T, place)
+
+
+def _solve_rate(place: torch.device) -> float:
+    """Cholesky and inverse of a symmetric matrix: n^3 flops together."""
+    import torch
+
+    n = 768
+    spd = torch.eye(n, device=place) * 2 + torch.ones(n, n, device=place) / n
+    return _median_rate(float(n**3), lambda: torch.cholesky_inverse(torch.linalg.cholesky(spd)), place)
 
 
 def _bandwidth(place: torch.device) -> float:

@@ -30,6 +30,7 @@ class Target(BaseModel):
     memory_bytes: int = Field(gt=0, description="memory in which stages run: host RAM, or that of one GPU")
     disk_bytes: int | None = Field(None, ge=0, description="space for the store; None: ask the file system")
     gemm: Mapping[str, float] = Field(description="dtype -> flops a second, large matrices")
+    solve: float = Field(gt=0, description="flops a second in factorizations, which run slower")
     bandwidth: float = Field(gt=0, description="bytes a second, streaming through memory")
     disk_read: float = Field(gt=0, description="bytes a second")
     disk_write: float = Field(gt=0, description="bytes a second, until they are safe")

@@ -1,0 +1,292 @@
+"""The planner: what every stage will cost, before a weight is read (levels L3 and L4).
+
+It carries a model on the meta device from stage to stage: `refuses` asks whether the method can take it,
+`outline` makes the structural change, and the cost of the outlined model is the prediction, so that predicted
+parameters and bytes equal the measured ones exactly. Whoever knows files and methods hands in `Sources`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from effc.compiler.contract import Contract
+from effc.compiler.cost import Cost, count
+from effc.compiler.fit import remedy
+from effc.compiler.method import Method, Work
+from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
+from effc.compiler.selected import selector_report
+from effc.specs.diagnostic import Diagnostic, EffcError, Label
+from effc.specs.recipe import Binding, Export, Recipe
+from effc.specs.target import Target
+from effc.specs.units import fmt_bytes
+
+ATTENDED = 512
+"""Keys that a token attends to on average in `flops_per_token`: the mean of a 1024-token prefill."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A stage ready to be outlined: its method, the models it takes, and the length of its sequences."""
+
+    method: Method
+    models: tuple[str, ...]
+    """Names of the models it is given by position; the first one is edited."""
+    named: Mapping[str, str] = field(default_factory=dict)
+    """Further models by field, e.g. teacher -> base."""
+    seq: int = 0
+
+
+class Sources(Protocol):
+    """What the planner cannot know: files, methods, exports."""
+
+    def model(self, binding: Binding) -> Model:
+        """The model of a `model` binding, on meta."""
+
+    def stage(self, binding: Binding) -> Staged: ...
+    def refuses(self, export: Export, model: Model) -> Sequence[Diagnostic]:
+        """Why the export's format cannot express the model."""
+
+    def disk_free(self) -> int:
+        """Bytes free where the store lies."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    name: str
+    method: str
+    inputs: tuple[str, ...]
+    cost: Cost
+    peak_bytes: int
+    """Resident memory of the process while the stage runs."""
+    disk_bytes: int
+    """New bytes in the store."""
+    seconds: float
+    contract: Mapping[str, Any]
+    selected: Sequence[tuple[str, str, str]] = ()
+    """Rows of the selector report: role, layers, arguments."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The shape that `effc plan --json` and `effc compile --json` share."""
+        return {
+            "name": self.name,
+            "method": self.method,
+            "inputs": list(self.inputs),
+            "params": self.cost.params,
+            "bytes": self.cost.bytes,
+            "flops_per_token": self.cost.flops_per_token,
+            "kv_bytes_per_token": self.cost.kv_bytes_per_token,
+            "peak_bytes": self.peak_bytes,
+            "disk_bytes": self.disk_bytes,
+            "seconds": self.seconds,
+            "cached": False,
+            "contract": dict(self.contract),
+            "selected": [list(row) for row in self.selected],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    recipe: Recipe
+    target: Target
+    stages: tuple[StagePlan, ...]
+    models: Mapping[str, Model]
+    """Every model of the recipe on meta, as it will be."""
+    warnings: tuple[Diagnostic, ...] = ()
+
+    def stage(self, name: str) -> StagePlan:
+        return next(s for s in self.stages if s.name == name)
+
+    @property
+    def seconds(self) -> float:
+        return sum(s.seconds for s in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max((s.peak_bytes for s in self.stages), default=0)
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(s.disk_bytes for s in self.stages)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.name,
+            "title": self.recipe.title,
+            "target": self.target.model_dump(mode="json"),
+            "stages": [s.as_json() for s in self.stages],
+            "expects": [{"text": e.text, "holds": None} for e in self.recipe.expects],
+            "exports": [
+                {"model": e.model, "format": e.call.kind, "path": e.call.arguments.get("path")}
+                for e in self.recipe.exports
+            ],
+            "warnings": [w.as_json() for w in self.warnings],
+        }
+
+
+def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
+    """Plan every binding of the recipe; every problem found is reported at once.
+
+    Raises:
+        EffcError: E3 what a method or an export cannot take, E2 selectors that match nothing, E4 files that
+            cannot be read, E351 memory and E352 disk that do not suffice, with the setting that would.
+    """
+    models: dict[str, Model] = {}
+    stages: list[StagePlan] = []
+    problems: list[Diagnostic] = []
+    for binding in ordered(recipe):
+        try:
+            made = _loaded(binding, sources) if binding.keyword == "model" else None
+            staged = sources.stage(binding) if made is None else None
+            if staged is not None:
+                if any(name not in models for name in (*staged.models, *staged.named.values())):
+                    continue  # what it is made from was refused already
+                made = _outlined(binding, staged, models)
+        except EffcError as problem:
+            problems += [_placed(d, binding) for d in problem.diagnostics]
+            continue
+        assert made is not None
+        models[binding.name] = made
+        stage = _costed(binding, staged, made, models, target)
+        stages.append(stage)
+        if staged is not None and stage.peak_bytes > target.memory_bytes:
+            problems.append(_too_large(binding, staged, stage, models, target))
+    for export in recipe.exports:
+        if export.model in models:
+            found = sources.refuses(export, models[export.model])
+            problems += [d if d.labels else replace(d, labels=(Label(export.span),)) for d in found]
+    result = Plan(
+        recipe, target, tuple(stages), models, tuple(d for d in problems if d.severity == "warning")
+    )
+    errors = [d for d in problems if d.severity == "error"]
+    free = target.disk_bytes if target.disk_bytes is not None else sources.disk_free()
+    if not errors and result.disk_bytes > free:
+        errors.append(_disk_full(result, free))
+    if errors:
+        raise EffcError(*errors)
+    return result
+
+
+def ordered(recipe: Recipe) -> list[Binding]:
+    """Models and stages, each after what it is made from; otherwise as written."""
+    by_name = {b.name: b for b in recipe.bindings}
+    done: dict[str, Binding] = {}
+    for start in recipe.bindings:
+        waiting = [start]
+        while waiting:
+            binding = waiting[-1]
+            missing = [
+                by_name[ref.name]
+                for ref in recipe.inputs_of(binding)
+                if ref.name in by_name and ref.name not in done and by_name[ref.name].keyword != "data"
+            ]
+            if missing:
+                waiting += missing
+            else:
+                done.setdefault(waiting.pop().name, binding)
+    return [b for b in done.values() if b.kind_of_value == "model"]
+
+
+def _loaded(binding: Binding, sources: Sources) -> Model:
+    return sources.model(binding)
+
+
+def _outlined(binding: Binding, staged: Staged, models: Mapping[str, Model]) -> Model:
+    """The structure after the stage, on meta."""
+    first, *others = [models[name] for name in staged.models]
+    others += [models[name] for name in staged.named.values()]
+    refused = [d for d in staged.method.refuses(first, others) if d.severity == "error"]
+    if refused:
+        raise EffcError(*refused)
+    rewriter = Rewriter(first)
+    staged.method.outline(rewriter, others)
+    return rewriter.done()
+
+
+def _costed(
+    binding: Binding, staged: Staged | None, made: Model, models: Mapping[str, Model], target: Target
+) -> StagePlan:
+    cost = count(made, ATTENDED)
+    if staged is None:
+        seconds = 0.05 + cost.bytes / target.disk_read
+        peak = target.base_bytes + cost.bytes
+        return StagePlan(binding.name, binding.call.kind, (), cost, peak, 0, seconds, {})
+    source = models[staged.models[0]]
+    work = staged.method.work(source, staged.seq)
+    return StagePlan(
+        binding.name,
+        binding.call.kind,
+        (*staged.models, *staged.named.values()),
+        cost,
+        peak_of(work, target),
+        cost.bytes,
+        seconds_of(work, target) + cost.bytes / target.disk_write,
+        promise(staged.method.contract),
+        selector_report(staged.method, source),
+    )
+
+
+def peak_of(work: Work, target: Target) -> int:
+    """Resident bytes of the process: what the stage holds at once, and the process itself."""
+    return target.base_bytes + work.memory
+
+
+def seconds_of(work: Work, target: Target) -> float:
+    """Estimated time of the stage's own work."""
+    return work.flops / target.rate("float32") + work.solve / target.solve + work.disk / target.disk_read
+
+
+def promise(contract: Contract) -> dict[str, Any]:
+    """A contract as JSON; `error` and `held` are filled by a run."""
+    return {
+        "fidelity": contract.fidelity.name,
+        "tolerance": contract.fidelity.tolerance,
+        "needs": [str(f) for f in contract.needs],
+        "gives": [str(f) for f in contract.gives],
+        "error": None,
+        "held": None,
+    }
+
+
+# ---- what does not fit
+
+
+def _too_large(
+    binding: Binding, staged: Staged, stage: StagePlan, models: Mapping[str, Model], target: Target
+) -> Diagnostic:
+    def peak(method: Method) -> int:
+        return peak_of(method.work(models[staged.models[0]], staged.seq), target)
+
+    setting = remedy(staged.method, peak, target.memory_bytes)
+    notes = (
+        f"it would need {fmt_bytes(stage.peak_bytes)}; `{target.name}` has {fmt_bytes(target.memory_bytes)}",
+    )
+    if setting is None:
+        needed = fmt_bytes(stage.peak_bytes)
+        advice = f"no setting of `{stage.method}` makes it fit; take a machine with {needed} of memory"
+    else:
+        advice = f"write `{setting.written}`; then it needs {fmt_bytes(setting.peak)}"
+    return Diagnostic(
+        "E351", f"`{binding.name}` does not fit into memory", (Label(binding.call.span),), notes, advice
+    )
+
+
+def _disk_full(result: Plan, free: int) -> Diagnostic:
+    largest = max(result.stages, key=lambda s: s.disk_bytes)
+    return Diagnostic(
+        "E352",
+        f"the store of `{result.recipe.name}` does not fit on the disk",
+        notes=(
+            f"results take {fmt_bytes(result.disk_bytes)}, {fmt_bytes(free)} are free",
+            f"the largest is `{largest.name}` with {fmt_bytes(largest.disk_bytes)}",
+        ),
+        help=f"free space with `effc cache gc`, or choose a place with `--store {Path('elsewhere')}`",
+    )
+
+
+def _placed(diagnostic: Diagnostic, binding: Binding) -> Diagnostic:
+    """A diagnostic that knows no place is about the binding's call."""
+    return diagnostic if diagnostic.labels else replace(diagnostic, labels=(Label(binding.call.span),))

@@ -1,0 +1,35 @@
+"""The selector report: which modules a method touches, with which arguments, in a few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from effc.compiler.method import Method
+from effc.compiler.model import Model
+from effc.compiler.selects import Selects
+
+
+def selector_report(method: Method, model: Model) -> list[tuple[str, str, str]]:
+    """Which modules the method touches: (role, layers, arguments), modules of one fate in one row."""
+    if not isinstance(method, Selects):
+        return []
+    roles = {name.path: name for name in model.names()}
+    groups: dict[tuple[str, str], list[int | None]] = {}
+    for path, applied in method.targets(model).items():
+        words = ", ".join(f"{key} = {getattr(applied, key)}" for key in type(method).overrides)
+        groups.setdefault((roles[path].role, words), []).append(roles[path].layer)
+    return [(role, _ranges(layers), words) for (role, words), layers in groups.items()]
+
+
+def _ranges(layers: Sequence[int | None]) -> str:
+    """[0, 1, 2, 5] -> `layers 0-2, 5`; nothing for modules outside the layers."""
+    numbers = sorted({n for n in layers if n is not None})
+    if not numbers:
+        return ""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return "layers " + ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
