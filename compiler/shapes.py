@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from effc.compiler.alike import unlike
 from effc.compiler.method import Batch, DataRef, Method, Optimizer, Schedule, Slot
+from effc.specs.diagnostic import Diagnostic
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from effc.compiler.model import Model
     from effc.compiler.rewrite import Rewriter
+
+Array = NDArray[Any]
+
+Spare = Callable[[], Array]
+"""Gives one more float32 array [N] of unknown content to work in."""
 
 Losses = Mapping[str, Tensor]
 """Named scalars of one batch; `total` is what is minimized."""
@@ -23,8 +29,8 @@ Losses = Mapping[str, Tensor]
 class Rewrite(Method):
     """Needs nothing but the model: drop, fold, round, tie, factor."""
 
-    def rewrite(self, rw: Rewriter) -> None:
-        """Edit the clone behind `rw`."""
+    def rewrite(self, rw: Rewriter) -> Mapping[str, float] | None:
+        """Edit the clone behind `rw`; may return the error it made at each path, for the report."""
         raise NotImplementedError
 
     def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
@@ -110,17 +116,48 @@ class Train(Method):
 
 
 class Merge(Method):
-    """Needs more models of the same structure. Streamed by row blocks, so it never holds a model."""
+    """Needs more models of the same structure. Streamed in pieces (runtime/merge.py), so it never holds a model.
+
+    A piece is a run of N numbers of one tensor, the same run of every model, as float32 arrays [N];
+    the arithmetic is elementwise. The arrays given, and those that `spare()` gives, are reused for the next
+    piece: overwrite them freely, keep none (fresh arrays would cost more than the arithmetic). What must be known of a whole tensor, or of the whole model, before
+    pieces can merge (norms, thresholds) is gathered in `rounds` earlier passes, whose statistics add up.
+    """
 
     models: ClassVar[tuple[int, int | None]] = (2, None)
+    rounds: ClassVar[int] = 0
+    """Passes over the numbers before they merge."""
 
-    def survey(self, blocks: Iterable[Sequence[np.ndarray]]) -> Mapping[str, np.ndarray]:
-        """What must be known of a whole tensor before its blocks merge, e.g. thresholds.
+    template: Literal["same", "first"] = Field(
+        "same", description="demand equal chat templates, or take the first model's"
+    )
 
-        `blocks` yields, block by block, float32 arrays [rows, columns], one per model. Default: nothing.
+    @property
+    def over(self) -> str:
+        """What one set of statistics spans: "tensor" or "model"."""
+        return "tensor"
+
+    def at(self, layer: int | None, layers: int) -> Self:
+        """The method as it applies in one layer of `layers`; None outside the layers."""
+        return self
+
+    def observe(
+        self, number: int, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare
+    ) -> Array:
+        """The statistics of one piece in round `number`; those of all pieces are added.
+
+        `parts` holds one array [N] per model, `base` that of the field `base` where the method has one,
+        `known` what earlier rounds settled (empty in round 0).
         """
-        return {}
-
-    def merge(self, block: Sequence[np.ndarray], known: Mapping[str, np.ndarray]) -> np.ndarray:
-        """One block of rows of every model, float32 -> the merged block."""
         raise NotImplementedError
+
+    def settle(self, number: int, total: Array, known: Array) -> Array:
+        """What round `number` makes known, from the sum of its statistics."""
+        raise NotImplementedError
+
+    def merge(self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare) -> Array:
+        """One piece of every model, float32 [N] each -> the merged piece [N], float32."""
+        raise NotImplementedError
+
+    def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
+        return unlike(self.kind, [model, *others], self.template)

@@ -1,0 +1,52 @@
+"""Add what each model learned to the base they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from pydantic import ConfigDict, Field
+
+from effc.compiler.contract import LOSSY, Contract
+from effc.compiler.method import ModelRef
+from effc.compiler.model import Model
+from effc.compiler.shapes import Array, Merge, Spare
+from effc.passes.merge._weights import shares, wrong_weights
+from effc.specs.diagnostic import Diagnostic
+from effc.specs.paper import Paper
+
+
+class TaskArithmetic(Merge):
+    """Scale and add the changes that each model made: theta = base + lambda sum_k w_k (theta_k - base).
+
+    Use when: fine-tunes of one base should be combined, or one unlearned (a negative lambda).
+    Costs:    nothing at run time; changes that disagree cancel, see merge.ties.
+    """
+
+    paper = Paper("Editing Models with Task Arithmetic", arxiv="2212.04089", year=2022, section="2")
+    contract = Contract(fidelity=LOSSY)
+    examples = ("merge.task_arithmetic(base = base)", "merge.task_arithmetic(base = base, lambda = 0.3)")
+    models: ClassVar[tuple[int, int | None]] = (1, None)
+
+    model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
+
+    base: ModelRef = Field(description="the model that the others were fine-tuned from")
+    weight: tuple[float, ...] = Field((), description="factor of each change; all 1 unless written")
+    lambda_: float = Field(1.0, alias="lambda", description="factor of the sum; negative unlearns, 0 would change nothing")
+
+    def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
+        return [*super().refuses(model, others), *wrong_weights(self.kind, self.weight, 1 + len(others))]
+
+    def merge(self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare) -> Array:
+        assert base is not None
+        total, *rest = parts
+        first, *others = shares(self.weight, len(parts))
+        total -= base
+        total *= np.float32(first * self.lambda_)
+        for share, part in zip(others, rest, strict=True):
+            part -= base
+            part *= np.float32(share * self.lambda_)
+            total += part
+        total += base
+        return total
