@@ -19,13 +19,12 @@ from effc.runtime.report_words import (
     Measure,
     Record,
     fmt_change,
-    fmt_seconds,
     many,
     tone_of,
     value_of,
     worded,
 )
-from effc.specs.units import fmt_bytes
+from effc.specs.units import fmt_bytes, fmt_seconds
 
 
 def page(record: Record) -> str:

@@ -12,12 +12,11 @@ from effc.runtime.report_words import (
     Record,
     fmt_change,
     fmt_number,
-    fmt_seconds,
     tone_of,
     value_of,
     worded,
 )
-from effc.specs.units import fmt_bytes, fmt_count
+from effc.specs.units import fmt_bytes, fmt_count, fmt_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,4 +153,9 @@ def _within(plan: Record, run: Record, key: str, words: Any, factor: float) -> d
 
 
 def expect_of(expect: Record) -> dict[str, Any]:
-    return {**expect, "left": fmt_number(expect.get("left")), "right": fmt_number(expect.get("right"))}
+    words = _bytes if ".bytes" in expect["text"] or ".kv_bytes" in expect["text"] else fmt_number
+    return {**expect, "left": words(expect.get("left")), "right": words(expect.get("right"))}
+
+
+def _bytes(value: float | None) -> str:
+    return fmt_number(None) if value is None else fmt_bytes(value)

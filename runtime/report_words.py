@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from effc.specs.units import fmt_bytes, fmt_count
+from effc.specs.units import fmt_bytes, fmt_count, fmt_seconds
 
 Record = Mapping[str, Any]
 """What `effc compile --json` prints, or one stage of it."""
@@ -64,18 +64,6 @@ def fmt_change(before: float, after: float) -> str:
     percent = 100 * (after - before) / before
     text = f"{percent:+.0f}" if abs(percent) >= 10 else f"{percent:+.1f}"
     return "unchanged" if float(text) == 0 else text.replace("-", MINUS) + " %"
-
-
-def fmt_seconds(seconds: float) -> str:
-    """Time in the unit a person would say: 35 ms, 4.2 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 1:
-        return f"{1e3 * seconds:.3g} ms" if seconds >= 1e-3 else f"{1e6 * seconds:.3g} µs"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 120:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def many(n: int, noun: str) -> str:
