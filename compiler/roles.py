@@ -34,7 +34,7 @@ ROLES = (
 """Every role name there is; the last three belong to traced modules."""
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
-_LAST = {"position": "embedding.position", "type": "embedding.type"}
+_LAST = {"position": "embedding.position", "token_type": "embedding.type"}
 
 
 @dataclass(frozen=True, slots=True, order=True)

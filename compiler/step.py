@@ -1,6 +1,6 @@
 """Step: what blocks that mix positions need beside the activations: positions, packing, padding, cache.
 
-Shapes: B sequences, T tokens of this call, S key slots (those in the cache first), Hk key heads, h head width.
+Shapes: B sequences, T tokens of this call, S key slots (cached ones first), Hk key heads, h head width.
 """
 
 from __future__ import annotations

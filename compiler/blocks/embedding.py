@@ -55,7 +55,7 @@ class Embedding(Unit):
         count_padding: bool = False,
         dtype: str = "float32",
     ) -> None:
-        """`positions`, `types` and `norm_eps` of 0 mean: none. `count_padding`: padding takes up positions."""
+        """`positions`, `types`, `norm_eps`: 0 means none. `count_padding`: padding takes up positions."""
         super().__init__()
         self.vocab = vocab
         self.width = width
@@ -69,7 +69,7 @@ class Embedding(Unit):
         if positions:
             self.position = Table(rows=positions, width=width, dtype=dtype)
         if types:
-            self.type = Table(rows=types, width=width, dtype=dtype)
+            self.token_type = Table(rows=types, width=width, dtype=dtype)
         if norm_eps:
             self.norm = Norm(width=width, eps=norm_eps, form="layer", bias=True, dtype=dtype)
 
@@ -92,7 +92,7 @@ class Embedding(Unit):
             x = x * x.new_tensor(self.scale)  # rounded to the dtype first, as gemma does
         if self.types:
             kinds = step.token_types if step.token_types is not None else ids.new_zeros(ids.shape)
-            x = x + self.type(kinds)
+            x = x + self.token_type(kinds)
         if self.positions:
             x = x + self.position(step.positions + self.position_offset)
         return self.norm(x) if self.norm_eps else x

@@ -39,7 +39,7 @@ def checked(rope: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_theta", *_NEEDS.get(form, ())):
         if rope.get(key) is None:
             raise ValueError(f"rope_type {form!r} needs {key}")
-    if not 0 < rope["rope_theta"]:
+    if not rope["rope_theta"] > 0:
         raise ValueError(f"rope_theta must be above 0, not {rope['rope_theta']}")
     return {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(rope.items())}
 
@@ -51,7 +51,7 @@ def rotated(rope: Mapping[str, Any], head_dim: int) -> int:
 
 
 def frequencies(rope: Mapping[str, Any], head_dim: int, lengths: Tensor) -> tuple[Tensor, float]:
-    """Inverse frequencies [1 or B, F] float32 and the factor on cos and sin. `lengths` [B, 1]: tokens a row."""
+    """Inverse frequencies [1 or B, F] float32 and the factor on cos and sin. `lengths`: [B, 1]."""
     form = rope.get("rope_type", "default")
     dim = int(head_dim * rope.get("partial_rotary_factor", 1.0))
     base = float(rope["rope_theta"])
