@@ -51,7 +51,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def surprise(z: Tensor, labels: Tensor) -> Tensor:
-    """-log p of the label: z [n, V] float32, labels [n] -> [n]. Further aligned tensors are not its business."""
+    """-log p of the label: z [n, V] float32, labels [n] -> [n]."""
     return functional.cross_entropy(z, labels, reduction="none")
 
 

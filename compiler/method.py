@@ -147,6 +147,32 @@ class Work:
         )
 
 
+def _is_plugin(cls: type, root: str) -> bool:
+    """A class in a plug-in's file: below the root, and no part of its path starts with an underscore."""
+    if not cls.__module__.startswith(root):
+        return False
+    return not any(part.startswith("_") for part in cls.__module__.removeprefix(root).split("."))
+
+
+def _demand(cls: type[Spec], headings: Sequence[str], stated: Sequence[str]) -> None:
+    """Refuse a malformed plug-in while its file is imported, with a sentence that says what to write."""
+    where = f"{cls.__module__}.{cls.__name__}"
+    doc = cls.__dict__.get("__doc__") or ""
+    if not doc:
+        raise TypeError(f"{where} has no docstring; its first line says what it does")
+    for heading in headings:
+        if heading not in doc:
+            raise TypeError(f"the docstring of {where} lacks `{heading}`; add a line that begins with it")
+    for name in stated:
+        if getattr(cls, name, None) is None:
+            raise TypeError(f"{where} does not state `{name}`; write `{name} = ...` in the class body")
+    if not cls.examples:  # type: ignore[attr-defined]
+        raise TypeError(f"{where} has no examples; give at least one call, as a recipe would write it")
+    for name, info in cls.model_fields.items():
+        if not info.description:
+            raise TypeError(f"the field `{name}` of {where} has no description; add description = ...")
+
+
 class Method(Spec):
     """A stage of a recipe: a spec that knows how to change a model.
 
@@ -215,29 +241,3 @@ class Schedule(Part):
     def rate(self, step: int, steps: int) -> float:
         """The factor on the optimizer's own rate at `step` of `steps`, counted from 0."""
         raise NotImplementedError
-
-
-def _is_plugin(cls: type, root: str) -> bool:
-    """A class in a plug-in's file: below the root, and no part of its path starts with an underscore."""
-    if not cls.__module__.startswith(root):
-        return False
-    return not any(part.startswith("_") for part in cls.__module__.removeprefix(root).split("."))
-
-
-def _demand(cls: type[Spec], headings: Sequence[str], stated: Sequence[str]) -> None:
-    """Refuse a malformed plug-in while its file is imported, with a sentence that says what to write."""
-    where = f"{cls.__module__}.{cls.__name__}"
-    doc = cls.__dict__.get("__doc__") or ""
-    if not doc:
-        raise TypeError(f"{where} has no docstring; its first line says what it does")
-    for heading in headings:
-        if heading not in doc:
-            raise TypeError(f"the docstring of {where} lacks `{heading}`; add a line that begins with it")
-    for name in stated:
-        if getattr(cls, name, None) is None:
-            raise TypeError(f"{where} does not state `{name}`; write `{name} = ...` in the class body")
-    if not cls.examples:  # type: ignore[attr-defined]
-        raise TypeError(f"{where} has no examples; give at least one call, as a recipe would write it")
-    for name, info in cls.model_fields.items():
-        if not info.description:
-            raise TypeError(f"the field `{name}` of {where} has no description; add description = ...")
