@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Where a tensor's bytes lie, row after row, in the dtype it has."""
+
+    file: Path
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +26,8 @@ class LazyTensor:
     dtype: torch.dtype
     read: Callable[[], Tensor]
     """Reads the tensor anew at every call; no memory is kept."""
+    stored: Stored | None = None
+    """Set where a file holds the tensor as it is, so that merges and hashes can stream it."""
 
     @property
     def nbytes(self) -> int:

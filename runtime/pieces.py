@@ -1,13 +1,13 @@
 """Read and write tensors piece by piece: pread into reused buffers, float32 in the middle, no mmap, no torch.
 
 A piece is a run of N numbers. bfloat16 is the upper half of a float32: reading shifts it up, writing rounds
-to nearest, ties to even. Buffers belong to a thread, so pieces of one tensor can be worked on side by side.
+to nearest, ties to even. A `Desk` holds the buffers of one thread; fresh arrays for every piece would cost
+more in page faults than the arithmetic on them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,24 +16,47 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-PIECE = 1 << 18
-"""Numbers worked on at once: a few float32 arrays of 1 MB stay in a core's own cache."""
+PIECE = 1 << 16
+"""Numbers worked on at once: a dozen float32 arrays of 256 kB fit the caches of one core."""
 
-STORED: dict[str, type[np.generic]] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-}
+STORED: dict[str, type[np.generic]] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 """safetensors dtype -> what its bytes are read as."""
 
 
+class Desk:
+    """The buffers of one thread: float32 arrays handed out one after another, and room for stored bytes."""
+
+    def __init__(self) -> None:
+        self._arrays: list[Array] = []
+        self._used = 0
+        self._length = PIECE
+        self._raw = np.empty(PIECE, np.float64)
+
+    def clear(self, length: int) -> None:
+        """Take all arrays back; the next ones have this length."""
+        self._used = 0
+        self._length = length
+
+    def spare(self) -> Array:
+        """One more array [length] float32 of unknown content."""
+        if self._used == len(self._arrays):
+            self._arrays.append(np.empty(PIECE, np.float32))
+        self._used += 1
+        return self._arrays[self._used - 1][: self._length]
+
+    def raw(self, dtype: str) -> Array:
+        """Room for `length` stored numbers; one at a time."""
+        return self._raw.view(STORED[dtype])[: self._length]
+
+
 class Run(Protocol):
-    """A tensor that can be read from any number to any other."""
+    """A tensor that can be read from any number on."""
 
-    size: int
+    @property
+    def size(self) -> int: ...
 
-    def read(self, start: int, stop: int) -> Array: ...
+    def read(self, start: int, into: Array, desk: Desk) -> None:
+        """Numbers start .. start + len(into), as float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +68,15 @@ class OnDisk:
     size: int
     dtype: str
 
-    def read(self, start: int, stop: int) -> Array:
-        """Numbers start..stop as a fresh float32 array [stop - start]."""
-        raw = np.empty(stop - start, STORED[self.dtype])
+    def read(self, start: int, into: Array, desk: Desk) -> None:
+        raw = into if self.dtype == "F32" else desk.raw(self.dtype)
         _fill(self.descriptor, raw, self.offset + start * raw.itemsize)
-        return widen(raw, self.dtype)
+        if self.dtype == "BF16":
+            bits = into.view(np.uint32)
+            np.copyto(bits, raw)
+            bits <<= 16
+        elif self.dtype != "F32":
+            np.copyto(into, raw, casting="same_kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +89,8 @@ class InMemory:
     def size(self) -> int:
         return self.numbers.size
 
-    def read(self, start: int, stop: int) -> Array:
-        return self.numbers[start:stop].copy()
+    def read(self, start: int, into: Array, desk: Desk) -> None:
+        np.copyto(into, self.numbers[start : start + into.size], casting="same_kind")
 
 
 def _fill(descriptor: int, raw: Array, offset: int) -> None:
@@ -71,35 +98,27 @@ def _fill(descriptor: int, raw: Array, offset: int) -> None:
     while view:
         got = os.preadv(descriptor, [view], offset)
         if got == 0:
-            raise EOFError(f"the file ends {len(view)} bytes early")
+            raise EOFError(f"a file ends {len(view)} bytes early")
         view, offset = view[got:], offset + got
 
 
-def widen(raw: Array, dtype: str) -> Array:
-    """Stored numbers -> float32."""
-    if dtype == "BF16":
-        bits = raw.astype(np.uint32)
-        bits <<= 16
-        return bits.view(np.float32)
-    return raw if dtype == "F32" else raw.astype(np.float32)
-
-
-def narrow(numbers: Array, dtype: str) -> Array:
-    """float32 -> stored numbers, rounded to nearest, ties to even. The input is used up."""
+def write(descriptor: int, offset: int, numbers: Array, dtype: str, desk: Desk) -> None:
+    """Round float32 numbers to nearest, ties to even, and write them at byte `offset`. Uses the numbers up."""
+    raw = numbers
     if dtype == "BF16":
         bits = numbers.view(np.uint32)
-        odd = bits >> 16
+        odd = desk.spare().view(np.uint32)
+        np.right_shift(bits, 16, out=odd)
         odd &= 1
         odd += 0x7FFF
         odd += bits
         odd >>= 16
-        return odd.astype(np.uint16)
-    return numbers if dtype == "F32" else numbers.astype(STORED[dtype])
-
-
-def put(descriptor: int, raw: Array, offset: int) -> None:
-    """Write all bytes of `raw` at `offset`."""
-    view = memoryview(np.ascontiguousarray(raw)).cast("B")
+        raw = desk.raw(dtype)
+        np.copyto(raw, odd, casting="unsafe")
+    elif dtype != "F32":
+        raw = desk.raw(dtype)
+        np.copyto(raw, numbers, casting="unsafe")
+    view = memoryview(raw).cast("B")
     while view:
         done = os.pwrite(descriptor, view, offset)
         view, offset = view[done:], offset + done
@@ -114,13 +133,5 @@ def finite(numbers: Array) -> bool:
 
 
 def spans(size: int) -> list[tuple[int, int]]:
-    """The pieces of a tensor: (start, stop)."""
+    """The pieces of a tensor of `size` numbers: (start, stop)."""
     return [(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
-
-
-def add_up(parts: Sequence[Array]) -> Array:
-    """The sum of equal arrays in their order, so that threads do not change it."""
-    total: Array = parts[0].copy()
-    for part in parts[1:]:
-        total += part
-    return total
