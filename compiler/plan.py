@@ -20,7 +20,7 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selected import selector_report
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
-from effc.specs.recipe import Binding, Export, Recipe
+from effc.specs.recipe import Binding, Call, Export, Recipe
 from effc.specs.target import Target
 from effc.specs.units import fmt_bytes
 
@@ -137,9 +137,11 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
     models: dict[str, Model] = {}
     stages: list[StagePlan] = []
     problems: list[Diagnostic] = []
-    for binding in ordered(recipe):
+    for binding in recipe.bindings:
+        if binding.value != "model":
+            continue
         try:
-            made = _loaded(binding, sources) if binding.keyword == "model" else None
+            made = sources.model(binding) if binding.keyword == "model" else None
             staged = sources.stage(binding) if made is None else None
             if staged is not None:
                 if any(name not in models for name in (*staged.models, *staged.named.values())):
@@ -157,7 +159,7 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
     for export in recipe.exports:
         if export.model in models:
             found = sources.refuses(export, models[export.model])
-            problems += [d if d.labels else replace(d, labels=(Label(export.span),)) for d in found]
+            problems += [d if d.labels else replace(d, labels=_at(export.call)) for d in found]
     result = Plan(
         recipe, target, tuple(stages), models, tuple(d for d in problems if d.severity == "warning")
     )
@@ -170,30 +172,6 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
     return result
 
 
-def ordered(recipe: Recipe) -> list[Binding]:
-    """Models and stages, each after what it is made from; otherwise as written."""
-    by_name = {b.name: b for b in recipe.bindings}
-    done: dict[str, Binding] = {}
-    for start in recipe.bindings:
-        waiting = [start]
-        while waiting:
-            binding = waiting[-1]
-            missing = [
-                by_name[ref.name]
-                for ref in recipe.inputs_of(binding)
-                if ref.name in by_name and ref.name not in done and by_name[ref.name].keyword != "data"
-            ]
-            if missing:
-                waiting += missing
-            else:
-                done.setdefault(waiting.pop().name, binding)
-    return [b for b in done.values() if b.kind_of_value == "model"]
-
-
-def _loaded(binding: Binding, sources: Sources) -> Model:
-    return sources.model(binding)
-
-
 def _outlined(binding: Binding, staged: Staged, models: Mapping[str, Model]) -> Model:
     """The structure after the stage, on meta."""
     first, *others = [models[name] for name in staged.models]
@@ -201,7 +179,7 @@ def _outlined(binding: Binding, staged: Staged, models: Mapping[str, Model]) -> 
     refused = [d for d in staged.method.refuses(first, others) if d.severity == "error"]
     if refused:
         raise EffcError(*refused)
-    rewriter = Rewriter(first)
+    rewriter = Rewriter(first, staged.method.kind)
     staged.method.outline(rewriter, others)
     return rewriter.done()
 
@@ -269,9 +247,7 @@ def _too_large(
         advice = f"no setting of `{stage.method}` makes it fit; take a machine with {needed} of memory"
     else:
         advice = f"write `{setting.written}`; then it needs {fmt_bytes(setting.peak)}"
-    return Diagnostic(
-        "E351", f"`{binding.name}` does not fit into memory", (Label(binding.call.span),), notes, advice
-    )
+    return Diagnostic("E351", f"`{binding.name}` does not fit into memory", _at(binding.call), notes, advice)
 
 
 def _disk_full(result: Plan, free: int) -> Diagnostic:
@@ -289,4 +265,8 @@ def _disk_full(result: Plan, free: int) -> Diagnostic:
 
 def _placed(diagnostic: Diagnostic, binding: Binding) -> Diagnostic:
     """A diagnostic that knows no place is about the binding's call."""
-    return diagnostic if diagnostic.labels else replace(diagnostic, labels=(Label(binding.call.span),))
+    return diagnostic if diagnostic.labels else replace(diagnostic, labels=_at(binding.call))
+
+
+def _at(call: Call) -> tuple[Label, ...]:
+    return () if call.span is None else (Label(call.span),)
