@@ -1,0 +1,65 @@
+"""Every code of a diagnostic, with one sentence. Append only: a code is never given a second meaning.
+
+E1 syntax, E2 meaning, E3 contract and plan, E4 rewrite, model and file, E5 kernel and export, E6 run and store;
+W is a warning. `effc explain CODE` prints the sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+CODES: Mapping[str, str] = {
+    "E101": "The text does not follow the grammar at the marked place.",
+    "E102": "A bracket is opened and never closed, or closed and never opened.",
+    "E103": "A string does not end on the line where it starts, or holds an escape that there is not.",
+    "E104": "A number is too long, too large, or is not written as numbers are.",
+    "E105": "The text holds a character that no recipe needs, such as a control character.",
+    "E106": "The file is not UTF-8 text.",
+    "E107": "The first line must say the version of the language, and this version must be known.",
+    "E108": "Values are nested deeper than any recipe needs.",
+    "E109": "The file is larger than any recipe needs.",
+    "E110": "The file is not YAML that can be read.",
+    "E111": "A mapping of the YAML form has the same key twice; neither wins, so neither is taken.",
+    "E112": "The YAML form leaves out anchors, aliases, tags, merge keys and several documents.",
+    "E113": "A part of the YAML form has another shape than its place asks for.",
+    "E114": "A file cannot be read.",
+    "E115": "The title of a recipe stands once, on the line after the version.",
+    "E201": "There is no method, part, data source or export of this name.",
+    "E202": "A value lies outside the limits of its argument.",
+    "E203": "The call has no argument of this name.",
+    "E204": "The call lacks an argument that it needs.",
+    "E205": "A name is used that nothing binds.",
+    "E206": "A name is bound twice; each has one meaning.",
+    "E207": "Bindings need each other in a circle, so none can be made first.",
+    "E208": "A value of another kind is due: a model, data, a report, a number.",
+    "E209": "The unit measures something else than the argument.",
+    "E210": "The value has another type than the argument.",
+    "E211": "A rule sets an argument that rules of this method may not set.",
+    "E212": "A rule sets an argument to a value that the method does not take.",
+    "E213": "The same argument is given twice in one call.",
+    "E214": "A call has too many or too few values without a name.",
+    "E215": "The word is not one of those that the argument knows.",
+    "E216": "The command line sets a param that the recipe does not have.",
+    "E217": "The command line sets a param to text that is no value, or to another kind of value.",
+    "E218": "`use` names a recipe that cannot be brought in: missing, outside the folder tree, or in a circle.",
+    "E219": "There is no metric of this name.",
+    "E220": "The two sides of an `expect` cannot be compared.",
+    "E221": "An `expect` judges a model on data that it may have been trained on.",
+    "E222": "Data have no split of this name.",
+    "E223": "Two exports write to the same place, or one writes over an input.",
+    "E224": "The word before a binding does not fit what is bound.",
+    "E225": "The name is a word of the language and cannot be bound.",
+    "E226": "A selector does not parse.",
+    "E231": "A selector matches no module of the model, so the line would do nothing.",
+    "E232": "Later rules match all modules of this rule, so the line would do nothing.",
+    "E233": "A sweep asks for more combinations than one command may compile.",
+    "E301": "A stage needs a fact about its model that an earlier stage took away or never gave.",
+    "E302": "A stage did not keep a promise of its contract.",
+    "E303": "The export format cannot hold what the stages make.",
+    "E320": "The method does not support this block or shape.",
+    "E350": "A target file does not describe a machine.",
+    "W201": "A value is bound and never used.",
+    "W202": "A `param` or `let` is never used.",
+    "W203": "The recipe exports nothing and expects nothing, so compiling it shows nothing.",
+    "W204": "A stage that is meant to be healed by training is not trained afterwards.",
+}  # fmt: skip
