@@ -24,7 +24,7 @@ def method_of(call: Call) -> Method:
     """The method of a stage with its arguments; slots that nothing fills get their default part.
 
     Raises:
-        EffcError: E212 when the method refuses an argument that the catalogue let through.
+        EffcError: E202 when the method refuses an argument that the catalogue let through.
     """
     return _made(passes.resolve(call.kind), call)
 
@@ -102,4 +102,4 @@ def _refused(call: Call, problem: Mapping[str, Any]) -> Diagnostic:
         f"`{key}` of `{call.kind}` cannot be this" if key else f"`{call.kind}` cannot take these arguments"
     )
     words = str(problem["msg"]).removeprefix("Value error, ")
-    return Diagnostic("E212", title, (Label(span, words),) if span else (), () if span else (words,))
+    return Diagnostic("E202", title, (Label(span, words),) if span else (), () if span else (words,))

@@ -1,0 +1,75 @@
+"""A plan for people: a row a stage, the selector report, exports, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from effc.specs.units import fmt_bytes, fmt_count, fmt_seconds
+
+Record = Mapping[str, Any]
+
+_HEAD = ("stage", "method", "params", "bytes", "FLOP/token", "KV/token", "peak memory", "disk", "time")
+
+
+def plan_text(record: Record) -> str:
+    """The plan as `effc plan` prints it, from the record that `--json` prints."""
+    return "\n".join(_lines(record)) + "\n"
+
+
+def _lines(record: Record) -> Iterator[str]:
+    stages: Sequence[Record] = record["stages"]
+    yield f"plan of {record['recipe']}" + (f": {record['title']}" if record["title"] else "")
+    yield ""
+    yield from table([_HEAD, *(_row(s) for s in stages), _total(stages)], left=2)
+    for stage in stages:
+        if stage["selected"]:
+            yield ""
+            yield f"{stage['name']} ({stage['method']}) touches:"
+            yield from ("  " + line for line in table(stage["selected"], left=3))
+    if record["exports"]:
+        yield ""
+        yield from table([("export", "as", "where"), *(_export(e) for e in record["exports"])], left=3)
+    target = record["target"]
+    yield ""
+    peak, disk = max(s["peak_bytes"] for s in stages), sum(s["disk_bytes"] for s in stages)
+    yield f"fits `{target['name']}`: {fmt_bytes(peak)} of {fmt_bytes(target['memory_bytes'])} memory" + (
+        f", {fmt_bytes(disk)} of {fmt_bytes(record['disk_free'])} disk" if record.get("disk_free") else ""
+    )
+    if not target["calibrated"]:
+        yield "times are guesses: `effc bench --calibrate` measures this machine"
+
+
+def _row(stage: Record) -> tuple[str, ...]:
+    return (
+        stage["name"],
+        stage["method"],
+        fmt_count(stage["params"]),
+        fmt_bytes(stage["bytes"]),
+        fmt_count(stage["flops_per_token"]),
+        fmt_bytes(stage["kv_bytes_per_token"]),
+        fmt_bytes(stage["peak_bytes"]),
+        fmt_bytes(stage["disk_bytes"]) if stage["disk_bytes"] else "-",
+        fmt_seconds(stage["seconds"]),
+    )
+
+
+def _total(stages: Sequence[Record]) -> tuple[str, ...]:
+    disk, seconds = sum(s["disk_bytes"] for s in stages), sum(s["seconds"] for s in stages)
+    peak = max((s["peak_bytes"] for s in stages), default=0)
+    return ("", "", "", "", "", "", fmt_bytes(peak), fmt_bytes(disk), fmt_seconds(seconds))
+
+
+def _export(export: Record) -> tuple[str, str, str]:
+    return export["model"], export["format"], export["path"] or ""
+
+
+def table(rows: Sequence[Sequence[str]], left: int) -> Iterator[str]:
+    """Aligned columns; the first `left` are flush left, the others right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = (
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip()
