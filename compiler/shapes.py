@@ -105,6 +105,12 @@ class Train(Method):
     schedule: Annotated[Schedule | None, Slot("train.schedule", "cosine")] = Field(
         None, description="the learning rate over the steps"
     )
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="dtype of the passes; weights and optimizer state are float32 in any case"
+    )
+
+    def begin(self, rw: Rewriter, seed: int) -> None:
+        """Give what `outline` put in its first values, drawn by `seed`; nothing by default."""
 
     def trains(self, model: Model) -> list[str]:
         """Names of the parameters that move."""
