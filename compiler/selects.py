@@ -9,16 +9,16 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from effc.specs.base import Spec
 from effc.specs.diagnostic import Diagnostic, EffcError
-from effc.specs.select import Rule, resolve
+from effc.specs.select import Rule, Selector, resolve
 
 if TYPE_CHECKING:
     from effc.compiler.model import Model
 
-DEFAULT_ROLES = ("attention", "mlp", "moe.experts")
-"""Touched when nothing is selected: never embedding, head, router or norm."""
+DEFAULT = ("attention", "mlp", "moe.experts", "linear")
+"""Roles touched when nothing is selected: never embedding, head, router or norm. `linear`: traced modules."""
 
-WEIGHTS = ("embedding", "head", *DEFAULT_ROLES)
-"""Roles that hold a weight matrix and may be selected by name."""
+_NO_MATRIX = ("norm", "embedding.position", "embedding.type")
+"""Roles that no selecting method touches."""
 
 
 class Selects(Spec):
@@ -34,9 +34,14 @@ class Selects(Spec):
     rules: tuple[Rule, ...] = Field((), description="per module: skip, or other arguments; the last one wins")
 
     def targets(self, model: Model) -> dict[str, Self]:
-        """Path -> the method as it applies there, in model order; raises EffcError as `specs.select` does."""
-        names = [name for name in model.names() if name.role.split(".")[0] in {r.split(".")[0] for r in WEIGHTS}]
-        table = resolve(self.select or _default(names), self.except_, self.rules, names)
+        """Path -> the method as it applies there, in model order.
+
+        Raises:
+            EffcError: E226, E231, E232 from the selectors, E211 and E212 from arguments of rules.
+        """
+        names = [name for name in model.names() if name.role not in _NO_MATRIX]
+        select = self.select or [role for role in DEFAULT if Selector.parse(role).match(names)]
+        table = resolve(select, self.except_, self.rules, names)
         return {path: self.at(path, given) for path, given in table.items() if given is not None}
 
     def at(self, path: str, given: Mapping[str, Any]) -> Self:
@@ -59,6 +64,5 @@ class Selects(Spec):
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             title = f"a rule of `{self.kind}` sets `{first['loc'][0] if first['loc'] else path}` to a wrong value"
-            raise EffcError(
-                Diagnostic("E212", title, notes=(f"at {path}: {first['msg'].lower()}",))
-            ) from error
+            note = f"at {path}: {first['msg'].lower()}"
+            raise EffcError(Diagnostic("E212", title, notes=(note,))) from error

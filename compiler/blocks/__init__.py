@@ -8,6 +8,7 @@ from effc.compiler.blocks.mlp import MLP
 from effc.compiler.blocks.moe import Experts, MoE
 from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.patch_embed import PatchEmbed
+from effc.compiler.blocks.quant_linear import QuantEmbedding, QuantLinear, QuantStackedLinear
 from effc.compiler.blocks.unit import REGISTRY, Unit
 
 __all__ = [
@@ -20,6 +21,9 @@ __all__ = [
     "MoE",
     "Norm",
     "PatchEmbed",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantStackedLinear",
     "Scale",
     "Softcap",
     "StackedLinear",

@@ -17,12 +17,12 @@ def fit(w: Tensor, bits: int, symmetric: bool, store: torch.dtype, shrink: float
     """w [R, G, g] float32 -> scale [R, G] float32, already rounded to `store`, and zero [R, G] float32.
 
     symmetric: s = max|w| / (2^(b-1) - 1).  asymmetric: s = (max(0, w) - min(0, w)) / (2^b - 1), z = round(-min / s).
-    A group of zeros gets scale 1. One bit has the two levels -s and 0 when symmetric.
+    A group of zeros gets scale 1.
     """
     half = 1 << (bits - 1)
     if symmetric:
         span = w.abs().amax(-1) * shrink
-        scale = _stored(span / max(1, half - 1), store)
+        scale = _stored(span / (half - 1), store)
         return scale, torch.zeros_like(scale)
     low = w.amin(-1).clamp(max=0) * shrink
     high = w.amax(-1).clamp(min=0) * shrink
@@ -55,11 +55,18 @@ def decode(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (q - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
 
 
+def relative_error(w: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> float:
+    """||w - w'|| / ||w|| in Frobenius norm, 0 for a weight of zeros; w and q [R, G, g]."""
+    norm = w.norm()
+    return float((decode(q, scale, zero) - w).norm() / norm) if norm > 0 else 0.0
+
+
 def _error(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (decode(encode(w, scale, zero, bits), scale, zero) - w).square().sum(-1)
 
 
 def _stored(scale: Tensor, store: torch.dtype) -> Tensor:
     """Round to the stored dtype and back, never to zero: fitting must see the scale that is kept."""
-    kept = scale.to(store).float().clamp_min(torch.finfo(store).smallest_normal)
+    least = 2.0**-24 if store == torch.float16 else torch.finfo(store).smallest_normal
+    kept = scale.to(store).float().clamp_min(least)
     return torch.where(scale == 0, torch.ones_like(scale), kept)

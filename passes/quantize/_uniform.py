@@ -1,0 +1,166 @@
+"""What all uniform integer quantizers share: fields, refusals, the packed unit that takes a weight's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal, cast
+
+import torch
+from annotated_types import Gt
+from pydantic import Field
+from torch import Tensor, nn
+
+from effc.compiler.blocks.embedding import Embedding
+from effc.compiler.blocks.linear import Linear, StackedLinear
+from effc.compiler.blocks.quant_linear import WHOLE, Packed, QuantEmbedding, QuantLinear, QuantStackedLinear
+from effc.compiler.blocks.unit import DTYPES
+from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
+from effc.compiler.selects import Selects
+from effc.specs.diagnostic import Diagnostic, EffcError
+
+_SCALES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+class Uniform(Selects):
+    """Fields and refusals of a quantizer onto uniform integer grids."""
+
+    overrides = ("bits", "group", "scheme", "scale")
+
+    group: Annotated[int, Gt(0)] | Literal["channel", "tensor"] = Field(
+        "channel", description="inputs that share a scale; `channel`: a row, `tensor`: all weights"
+    )
+    scheme: Literal["symmetric", "asymmetric"] = Field(
+        "symmetric", description="whether zero is the middle of the grid or has a code of its own"
+    )
+    scale: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="how scales are stored")
+
+    @property
+    def store(self) -> torch.dtype:
+        return DTYPES[_SCALES[self.scale]]
+
+    def width(self, bits: int, inputs: int) -> dict[str, object]:
+        """The grid arguments of a packed unit with this many inputs."""
+        group = {"channel": inputs, "tensor": WHOLE}.get(str(self.group), self.group)
+        return {
+            "bits": bits,
+            "group": group,
+            "symmetric": self.scheme == "symmetric",
+            "scale_dtype": _SCALES[self.scale],
+        }
+
+    def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
+        targets = self.targets(model)
+        packed = [p for p in targets if isinstance(model.module(p), Packed)]
+        other = [p for p in targets if p not in packed and not isinstance(model.module(p), DENSE)]
+        found = list(self._unfit(model, targets))
+        if packed:
+            found.append(
+                Diagnostic(
+                    "E322",
+                    f"`{self.kind}` cannot quantize what is already packed",
+                    notes=(f"{_some(packed)} {'is' if len(packed) == 1 else 'are'} packed",),
+                    help="quantize once, with the bits you want, or leave these modules out with `except`",
+                )
+            )
+        if other:
+            types = sorted({type(model.module(p)).__name__ for p in other})
+            found.append(
+                Diagnostic(
+                    "E323",
+                    f"`{self.kind}` quantizes dense weights only",
+                    notes=(f"{_some(other)}: {', '.join(types)}",),
+                    help="fold or leave these modules out with `except`, or quantize before the stage that made them",
+                )
+            )
+        return found
+
+    def _unfit(self, model: Model, targets: dict[str, Uniform]) -> Iterator[Diagnostic]:
+        """One diagnostic for each pair of group and width that does not divide."""
+        seen: dict[tuple[int, int], list[str]] = {}
+        for path, method in targets.items():
+            inputs = inputs_of(model.module(path))
+            if isinstance(method.group, int) and inputs and inputs % method.group:
+                seen.setdefault((method.group, inputs), []).append(path)
+        for (group, inputs), paths in seen.items():
+            near = ", ".join(map(str, divisors_near(group, inputs)))
+            yield Diagnostic(
+                "E321",
+                f"group {group} does not divide in_features {inputs} of {_some(paths)}",
+                help=f"use {near} or channel",
+            )
+
+
+DENSE = (Linear, StackedLinear, Embedding, nn.Linear)
+"""Modules whose weights are plain numbers in a `weight` parameter."""
+
+
+def inputs_of(module: nn.Module) -> int:
+    """The length of a weight row: in_features of a linear, width of a table; 0 for anything else."""
+    return int(getattr(module, "in_features", 0) or getattr(module, "width", 0))
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """The weight as rows [R, i]; experts are stacked on top of each other."""
+    return module.get_parameter("weight").detach().flatten(0, -2)
+
+
+def packed_unit(module: nn.Module, grid: dict[str, object]) -> QuantLinear | QuantStackedLinear | QuantEmbedding:
+    """An empty packed unit that can take the place of a dense module."""
+    if isinstance(module, Embedding):
+        spec = {k: v for k, v in module.spec().items() if k != "type"}
+        unit: QuantEmbedding = QuantEmbedding(**cast("dict[str, int]", spec | grid))
+        for name, child in module.named_children():
+            unit.add_module(name, child)
+        return unit
+    dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
+    sides = {"in_features": module.in_features, "out_features": module.out_features, "dtype": dtype}
+    if isinstance(module, StackedLinear):
+        return QuantStackedLinear(**cast("dict[str, int]", {"experts": module.experts} | sides | grid))
+    linear = QuantLinear(**cast("dict[str, int]", {"bias": module.bias is not None} | sides | grid))
+    linear.bias = module.bias
+    return linear
+
+
+def finite(path: str, w: Tensor) -> None:
+    """Raises EffcError E420 when a weight is NaN or infinite."""
+    if not bool(torch.isfinite(w).all()):
+        bad = int((~torch.isfinite(w)).sum())
+        raise EffcError(
+            Diagnostic(
+                "E420",
+                f"the weight of {path} is not finite",
+                notes=(f"{bad} of {w.numel()} numbers are NaN or infinite",),
+                help="repair the checkpoint, or leave the module out with `except`",
+            )
+        )
+
+
+def place(rw: Rewriter, path: str, unit: QuantLinear | QuantStackedLinear | QuantEmbedding) -> set[str]:
+    """Put the packed unit at a path, and units on the same storage wherever the old weight was tied.
+
+    Returns every path that was edited.
+    """
+    ties = rw.model.ties()
+    name = f"{path}.weight"
+    owner = ties.get(name, name)
+    tied = (n for n in (owner, *(alias for alias, to in ties.items() if to == owner)) if n != name)
+    twins = [n.removesuffix(".weight") for n in tied]
+    for twin in twins:
+        grid = {key: getattr(unit, key) for key in ("bits", "group", "symmetric", "scale_dtype")}
+        other = packed_unit(rw.module(twin), grid)
+        other.packed, other.scales, other.zeros = unit.packed, unit.scales, unit.zeros
+        rw.swap(twin, other)
+    rw.swap(path, unit)
+    return {path, *twins}
+
+
+def divisors_near(group: int, inputs: int) -> list[int]:
+    """Up to three divisors of `inputs`, above 1 and below it, nearest to `group`, ascending."""
+    divisors = [d for d in range(2, inputs) if inputs % d == 0]
+    return sorted(sorted(divisors, key=lambda d: (abs(d - group), d))[:3])
+
+
+def _some(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return f"{paths[0]}{more}"
