@@ -154,7 +154,7 @@ def test_what_an_export_cannot_hold_is_refused() -> None:
 
 
 def test_no_setting_helps_when_the_model_itself_is_too_large() -> None:
-    assert remedy(RTN(bits=4), lambda method: 10**12, 10**9) is None
+    assert remedy(RTN(bits=4, group=16), lambda method: 10**12, 10**9) is None
 
 
 def test_the_text_has_a_row_for_each_stage_and_says_that_it_fits() -> None:
