@@ -17,7 +17,7 @@ from effc.compiler.assemble import module_of
 from effc.compiler.blocks import Unit
 from effc.compiler.roles import Role, canonical, layer_of
 from effc.compiler.sharing import aliases, cloned_graph, cloned_modules, put
-from effc.compiler.step import Cache, Step
+from effc.compiler.step import Cache, Phase, Step
 from effc.compiler.weights import WeightSource
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.select import Name
@@ -170,7 +170,7 @@ class Model(nn.Module):
         (an encoder that counts padding says so in its embedding).
         """
         embedding = self.gm.get_submodule("embedding")
-        length = embedding.length(ids) if hasattr(embedding, "length") else ids.shape[1]
+        length = int(getattr(embedding, "length", lambda x: x.shape[1])(ids))
         start = cache.filled if cache is not None else 0
         mask = attention_mask.bool() if attention_mask is not None else None
         if mask is not None and bool(mask.all()):
@@ -182,7 +182,7 @@ class Model(nn.Module):
         else:
             places = torch.arange(start, start + length, device=ids.device)
             positions = places.expand(ids.shape[0], length)
-        phase = "train" if cache is None else ("decode" if start else "prefill")
+        phase: Phase = "train" if cache is None else ("decode" if start else "prefill")
         return Step(positions, segments, mask, token_types, cache, phase)
 
     def forward(
@@ -197,7 +197,7 @@ class Model(nn.Module):
             step = self.step(ids, attention_mask, token_types=token_types)
         out: Tensor = self.gm(ids, step)
         if step.cache is not None:
-            step.cache.filled += out.shape[1]
+            step.cache.filled += step.positions.shape[1]
         return out
 
     def generate(self, ids: Tensor, **settings: Any) -> Tensor:

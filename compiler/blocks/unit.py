@@ -38,11 +38,13 @@ LARGEST = 2**31
 
 def empty(*shape: int, dtype: str = "float32") -> nn.Parameter:
     """A parameter without storage; weights come later, so a 70B model is built in milliseconds."""
-    return nn.Parameter(torch.empty(shape, dtype=DTYPES[dtype], device="meta"), requires_grad=False)
+    return nn.Parameter(empty_buffer(*shape, dtype=dtype), requires_grad=False)
 
 
 def empty_buffer(*shape: int, dtype: str) -> Tensor:
-    """A buffer without storage."""
+    """A buffer without storage. Raises ValueError when the dtype is none that a weight may have."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
@@ -119,11 +121,10 @@ class Unit(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """As torch's; a block that keeps its dtype as a word keeps it true after `.to(dtype)`."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if "dtype" in self.__dict__:
-            self.dtype = next(
-                (str(p.dtype)[6:] for p in self.parameters() if p.is_floating_point()), self.dtype
-            )
+            floating = (p.dtype for p in self.parameters() if p.is_floating_point())
+            self.__dict__["dtype"] = str(next(floating, self.__dict__["dtype"])).removeprefix("torch.")
         return self
 
     def extra_repr(self) -> str:
@@ -131,12 +132,17 @@ class Unit(nn.Module):
 
 
 @cache
-def arguments(cls: type[Unit]) -> dict[str, Any]:
-    """Constructor arguments of a unit type and their annotations, in order."""
+def _arguments(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls.__init__)
     return {
         name: hints.get(name, Any) for name in inspect.signature(cls.__init__).parameters if name != "self"
     }
+
+
+def arguments(cls: type[Unit]) -> dict[str, Any]:
+    """Constructor arguments of a unit type and their annotations, in order."""
+    found: dict[str, Any] = _arguments(cls)  # type: ignore[arg-type]
+    return found
 
 
 def fits(value: Any, hint: Any, depth: int = 0) -> bool:
