@@ -15,7 +15,6 @@ from typing import cast
 import numpy as np
 import torch
 
-
 from effc.compiler.losses import IGNORED
 from effc.compiler.method import Batch, Context, Data, Optimizer, Outcome, Schedule
 from effc.compiler.model import Model
@@ -33,12 +32,12 @@ def fit(method: Train, model: Model, context: Context) -> Outcome:
     """Run a training stage; `model` and the teachers are not changed.
 
     Raises:
-        EffcError: E630 when nothing would move or there is no sequence to train on, E631 when the loss stops
-            being a number, E632 when the data was made for another vocabulary.
+        EffcError: E650 when nothing would move or there is no sequence to train on, E651 when the loss stops
+            being a number.
         KeyboardInterrupt: when the context asks to stop; a checkpoint is saved before.
     """
     rw = Rewriter(model, method.kind)
-    method.outline(rw, [])
+    method.outline(rw, list(context.models.values()))
     method.begin(rw, context.seed)
     rw.model.materialize()
     training = _Training(method, rw, context)
@@ -122,7 +121,7 @@ class _Training:
             yield self.data.batch(self.split, rows[start : start + size])
 
     def _row(self, number: int) -> int:
-        """The sequence that is the `number`th to be seen: every pass over the data has an order of its own."""
+        """The sequence that is seen as the `number`th; every pass over the data has its own order."""
         epoch, place = divmod(number, self.data.size(self.split))
         if not hasattr(self, "_order") or self._order[0] != epoch:
             random = np.random.Generator(np.random.Philox(_number(self.context.seed, 0, epoch)))
@@ -151,7 +150,7 @@ class _Training:
             note = f"the model has {len(present)} parameters, none of them is chosen"
             raise EffcError(
                 Diagnostic(
-                    "E630",
+                    "E650",
                     f"`{self.method.kind}` would train nothing",
                     notes=(note,),
                     help="choose some in `train`",
@@ -165,7 +164,7 @@ class _Training:
         if self.data.size(self.split) == 0 or self.data.tokens(self.split) == 0:
             raise EffcError(
                 Diagnostic(
-                    "E630",
+                    "E650",
                     f"there is no token to train on in the split `{self.split}`",
                     help="give more text",
                 )
@@ -194,7 +193,7 @@ def _diverged(kind: str, step: int, loss: float, norm: float, rate: float) -> Ef
     note = f"loss {loss:g}, norm of the gradient {norm:g}, learning rate {rate:g}"
     return EffcError(
         Diagnostic(
-            "E631",
+            "E651",
             f"the loss of `{kind}` is no longer a number at step {step + 1}",
             notes=(note,),
             help=f"lower the learning rate, e.g. to {rate / 10:.1g}, or lengthen the warmup",

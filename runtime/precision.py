@@ -1,4 +1,4 @@
-"""Which dtype matrix products run in while a model trains: bfloat16 where the hardware multiplies it natively."""
+"""The dtype of the passes of a training: bfloat16 where the hardware multiplies it natively."""
 
 from __future__ import annotations
 
