@@ -1,4 +1,4 @@
-"""Whether models are alike enough to be mixed weight by weight: architecture, tensors, vocabulary, template."""
+"""Whether models can be mixed weight by weight: same architecture, tensors, vocabulary, chat template."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def _tensors(kind: str, first: Model, other: Model, which: str) -> list[Diagnost
     if not notes:
         return []
     title = f"`{kind}` needs models with the same tensors"
-    return [Diagnostic("E451", title, notes=tuple(notes), help="mix models that have one checkpoint as ancestor")]
+    return [
+        Diagnostic("E451", title, notes=tuple(notes), help="mix models that have one checkpoint as ancestor")
+    ]
 
 
 def _texts(kind: str, first: Model, other: Model, which: str, template: str) -> list[Diagnostic]:
@@ -97,7 +99,7 @@ def _texts(kind: str, first: Model, other: Model, which: str, template: str) -> 
                 "E455",
                 f"`{kind}` finds different chat templates",
                 notes=(f"{which} writes chats in another way than the first",),
-                help="give the models one template, or write template = first to keep that of the first model",
+                help="give the models one template, or write template = first to keep the first model's",
             )
         )
     return found
@@ -106,7 +108,9 @@ def _texts(kind: str, first: Model, other: Model, which: str, template: str) -> 
 def _vocabulary(files: Mapping[str, bytes]) -> Any:
     """Token -> number, added tokens included; the files themselves where there is no tokenizer.json."""
     if "tokenizer.json" not in files:
-        return {name: content for name, content in files.items() if name.startswith(("vocab", "tokenizer.model"))}
+        return {
+            name: content for name, content in files.items() if name.startswith(("vocab", "tokenizer.model"))
+        }
     told = json.loads(files["tokenizer.json"])
     vocab = told.get("model", {}).get("vocab", {})
     if isinstance(vocab, list):  # unigram: pairs of token and score, numbered by place

@@ -122,12 +122,13 @@ class Train(Method):
 
 
 class Merge(Method):
-    """Needs more models of the same structure. Streamed in pieces (runtime/merge.py), so it never holds a model.
+    """Needs more models of the same structure. Streamed by runtime/merge.py, so it never holds a model.
 
     A piece is a run of N numbers of one tensor, the same run of every model, as float32 arrays [N];
     the arithmetic is elementwise. The arrays given, and those that `spare()` gives, are reused for the next
-    piece: overwrite them freely, keep none (fresh arrays would cost more than the arithmetic). What must be known of a whole tensor, or of the whole model, before
-    pieces can merge (norms, thresholds) is gathered in `rounds` earlier passes, whose statistics add up.
+    piece: overwrite them freely, keep none (fresh arrays would cost more than the arithmetic). What must be
+    known of a whole tensor, or of the whole model, before pieces can merge (norms, thresholds) is gathered
+    in `rounds` earlier passes, whose statistics add up.
     """
 
     models: ClassVar[tuple[int, int | None]] = (2, None)

@@ -1,8 +1,8 @@
 """Ask the real consumer of an export, in a fresh process, what it computes from the written files.
 
-`ask` starts `python -m effc.runtime.consumer JOB` in an empty folder, without network, and reads its answer back
-through safetensors and JSON. The child loads the files as any user would (`from_pretrained`, `PeftModel`,
-`llama_cpp.Llama`), knows nothing of effc's models, and dies with its parent.
+`ask` starts `python -m effc.runtime.consumer JOB` in an empty folder, without network, and reads its answer
+back through safetensors and JSON. The child loads the files as any user would (`from_pretrained`,
+`PeftModel`, `llama_cpp.Llama`), knows nothing of effc's models, and dies with its parent.
 
 Shapes: B rows, T tokens, V vocabulary, D width, N new tokens.
 """
@@ -38,11 +38,14 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the consumer computed: logits [B, T, V] float32 (hidden states [B, T, D] of an encoder), greedy [B, N]."""
+    """What the consumer computed."""
 
     logits: Tensor
+    """[B, T, V] float32; hidden states [B, T, D] of an encoder"""
     greedy: Tensor
+    """[B, N] int64"""
     version: str
+    """name and version of the consumer"""
 
 
 def need(consumer: str) -> None:
@@ -116,7 +119,7 @@ def ask(
 
 
 def _run(job: Path, timeout: float) -> list[str]:
-    """Run the child; its last words when it fails, else nothing. `-P` keeps the working folder off its path."""
+    """Run the child; its last words when it fails. `-P` keeps the working folder off its path."""
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-P", "-m", "effc.runtime.consumer", str(job)]
     try:
@@ -141,7 +144,7 @@ def _failed(consumer: str, folder: Path, why: list[str]) -> None:
             "E551",
             f"`{consumer}` does not load or run what was written to {folder.name}",
             notes=tuple(why),
-            help="nothing was published; `effc verify` on the model shows whether it is sound without the export",
+            help="nothing was published; `effc verify` tells whether the model is sound without it",
         )
     )
 
@@ -206,7 +209,7 @@ def _transformers(
 
 
 def _complete(info: dict[str, Any], decoder: bool) -> None:
-    """A consumer that fills gaps with random weights has not loaded the model. A pooler is not part of ours."""
+    """A consumer that fills gaps with random weights has not loaded the model (a pooler aside)."""
     missing = [name for name in info.get("missing_keys", ()) if "pooler" not in name]
     extra = list(info.get("unexpected_keys", ())) if decoder else []
     wrong = [str(item) for item in info.get("mismatched_keys", ())]

@@ -1,8 +1,9 @@
 """Merge models by streaming their tensors from disk, piece by piece; no model is ever built.
 
-Peak memory is a few megabytes a thread, whatever the size of the models; only a tensor that its checkpoint stores
-in another arrangement is read whole. A tied tensor is merged once. Every tensor becomes a safetensors file of its
-own in the stage's work folder, which the store takes over; groups of tensors are the units of the journal.
+Peak memory is a few megabytes a thread, whatever the size of the models; only a tensor that its checkpoint
+stores in another arrangement is read whole. A tied tensor is merged once. Every tensor becomes a safetensors
+file of its own in the stage's work folder, which the store takes over; groups of tensors are the units of the
+journal.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ class _Stream:
             for name in names:
                 path = self.folder / f"{len(made):05d}.safetensors"
                 dtype, shape = shapes[name].dtype, tuple(shapes[name].shape)
-                offset = self._write(name, path, dtype, shape, known) if not finished else _header(dtype, shape)[1]
+                offset = (
+                    self._write(name, path, dtype, shape, known) if not finished else _header(dtype, shape)[1]
+                )
                 made[name] = lazy(path, offset, dtype, shape)
                 self.context.progress(len(made), len(shapes), "tensors")
             if self.context.journal is not None and not finished:
@@ -126,7 +129,9 @@ class _Stream:
             total = total + part
         return np.asarray(total)
 
-    def _write(self, name: str, path: Path, dtype: torch.dtype, shape: tuple[int, ...], known: Array | None) -> int:
+    def _write(
+        self, name: str, path: Path, dtype: torch.dtype, shape: tuple[int, ...], known: Array | None
+    ) -> int:
         """Merge one tensor into a file of its own; the offset of its first byte."""
         method = self._at(name)
         if known is None:
@@ -202,7 +207,9 @@ def lazy(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) ->
         with path.open("rb") as file:
             file.seek(offset)
             content = bytearray(file.read(size * dtype.itemsize))
-        return torch.frombuffer(content, dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+        return (
+            torch.frombuffer(content, dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
+        )
 
     return LazyTensor(shape, dtype, read, Stored(path, offset))
 

@@ -16,10 +16,15 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-PIECE = 1 << 16
-"""Numbers worked on at once: a dozen float32 arrays of 256 kB fit the caches of one core."""
+PIECE = 1 << 17
+"""Numbers worked on at once: float32 arrays of 512 kB stay near the core."""
 
-STORED: dict[str, type[np.generic]] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+STORED: dict[str, type[np.generic]] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+}
 """safetensors dtype -> what its bytes are read as."""
 
 
@@ -94,7 +99,7 @@ class InMemory:
 
 
 def _fill(descriptor: int, raw: Array, offset: int) -> None:
-    view = memoryview(raw).cast("B")
+    view = raw.data.cast("B")
     while view:
         got = os.preadv(descriptor, [view], offset)
         if got == 0:
@@ -103,7 +108,7 @@ def _fill(descriptor: int, raw: Array, offset: int) -> None:
 
 
 def write(descriptor: int, offset: int, numbers: Array, dtype: str, desk: Desk) -> None:
-    """Round float32 numbers to nearest, ties to even, and write them at byte `offset`. Uses the numbers up."""
+    """Round float32 numbers to nearest even and write them at byte `offset`. Uses the numbers up."""
     raw = numbers
     if dtype == "BF16":
         bits = numbers.view(np.uint32)
@@ -118,7 +123,7 @@ def write(descriptor: int, offset: int, numbers: Array, dtype: str, desk: Desk) 
     elif dtype != "F32":
         raw = desk.raw(dtype)
         np.copyto(raw, numbers, casting="unsafe")
-    view = memoryview(raw).cast("B")
+    view = raw.data.cast("B")
     while view:
         done = os.pwrite(descriptor, view, offset)
         view, offset = view[done:], offset + done

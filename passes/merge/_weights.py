@@ -14,7 +14,9 @@ def shares(weight: Sequence[float], models: int, normalize: bool = False) -> lis
     return [w / total for w in given] if normalize else given
 
 
-def wrong_weights(kind: str, weight: Sequence[float], models: int, normalize: bool = False) -> list[Diagnostic]:
+def wrong_weights(
+    kind: str, weight: Sequence[float], models: int, normalize: bool = False
+) -> list[Diagnostic]:
     """What is wrong with the weights for this many models."""
     if weight and len(weight) != models:
         return [

@@ -32,7 +32,9 @@ class Linear(Merge):
     contract = Contract(fidelity=LOSSY)
     examples = ("merge.linear()", "merge.linear(weight = [3, 1])")
 
-    weight: tuple[float, ...] = Field((), description="share of each model, in their order; all 1 unless written")
+    weight: tuple[float, ...] = Field(
+        (), description="share of each model, in their order; all 1 unless written"
+    )
     normalize: bool = Field(True, description="divide the shares by their sum")
 
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:

@@ -18,7 +18,7 @@ STRIP = 1 << 13
 
 
 class Slerp(Merge):
-    """Turn each tensor from the first model to the second: (sin((1-t)O) a + sin(tO) b) / sin O, O their angle.
+    """Turn each tensor from the first model to the second: (sin((1-t)O) a + sin(tO) b) / sin O, O the angle.
 
     The mean of two tensors at an angle is shorter than either; the arc keeps their length. Tensors that are
     nearly parallel, or zero, are mixed on the straight line instead.

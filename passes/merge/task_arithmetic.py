@@ -33,7 +33,9 @@ class TaskArithmetic(Merge):
 
     base: ModelRef = Field(description="the model that the others were fine-tuned from")
     weight: tuple[float, ...] = Field((), description="factor of each change; all 1 unless written")
-    lambda_: float = Field(1.0, alias="lambda", description="factor of the sum; negative unlearns, 0 would change nothing")
+    lambda_: float = Field(
+        1.0, alias="lambda", description="factor of the sum; negative unlearns, 0 would change nothing"
+    )
 
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
         return [*super().refuses(model, others), *wrong_weights(self.kind, self.weight, 1 + len(others))]

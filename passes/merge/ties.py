@@ -22,6 +22,8 @@ HIGH = 1 << 15
 LOW = 1 << 16
 """Bins of the second round: the lower 16 bits of the mantissa, within one bin of the first."""
 
+TINY = np.finfo(np.float32).tiny
+
 
 class Ties(Merge):
     """Trim each change to its largest entries, elect a sign for every weight, average the changes that agree.
@@ -38,7 +40,10 @@ class Ties(Merge):
         "TIES-Merging: Resolving Interference When Merging Models", arxiv="2306.01708", year=2023, section="4"
     )
     contract = Contract(fidelity=LOSSY)
-    examples = ("merge.ties(base = base)", "merge.ties(base = base, density = 50%, lambda = 1.2, scope = tensor)")
+    examples = (
+        "merge.ties(base = base)",
+        "merge.ties(base = base, density = 50%, lambda = 1.2, scope = tensor)",
+    )
     models: ClassVar[tuple[int, int | None]] = (1, None)
     rounds: ClassVar[int] = 2
 
@@ -48,7 +53,9 @@ class Ties(Merge):
     density: Share = Field(0.2, gt=0, le=1, description="share of each change that is kept")
     weight: tuple[float, ...] = Field((), description="factor of each change; all 1 unless written")
     lambda_: float = Field(1.0, alias="lambda", description="factor of the merged change")
-    sign: Literal["sum", "count"] = Field("sum", description="elect by the sum of the changes or by their number")
+    sign: Literal["sum", "count"] = Field(
+        "sum", description="elect by the sum of the changes or by their number"
+    )
     scope: Literal["model", "tensor"] = Field("model", description="what the density is a share of")
 
     @property
@@ -104,20 +111,24 @@ class Ties(Merge):
                 (down, downs, np.minimum, np.less),
             ):
                 side(change, 0, out=one)
-                one *= np.float32(share)
-                sums += one
+                sums += one if share == 1.0 else np.multiply(one, np.float32(share), out=one)
                 beyond(change, 0, out=one)
-                one *= np.float32(share)
-                counts += one
-        first, second = (up, down) if self.sign == "sum" else (ups, -downs)
-        rising = np.add(first, second, out=one) >= 0
-        np.copyto(down, up, where=rising)
-        np.copyto(downs, ups, where=rising)
-        np.copyto(downs, np.float32(1), where=downs == 0)
-        down /= downs
-        down *= np.float32(self.lambda_)
-        down += base
-        return down
+                counts += one if share == 1.0 else np.multiply(one, np.float32(share), out=one)
+        lead = np.add(up, down, out=one) if self.sign == "sum" else np.subtract(ups, downs, out=one)
+        rising = np.greater_equal(lead, 0, out=lead)
+        up *= rising
+        ups *= rising
+        falling = np.subtract(1, rising, out=rising)
+        down *= falling
+        downs *= falling
+        up += down
+        ups += downs
+        np.maximum(ups, TINY, out=ups)  # where nothing is kept, 0 / TINY
+        up /= ups
+        up *= np.float32(self.lambda_)
+        up += base
+        merged: Array = up
+        return merged
 
 
 def _bits(part: Array, base: Array) -> Array:
