@@ -55,12 +55,6 @@ def decode(q: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     return (q - zero.unsqueeze(-1)) * scale.unsqueeze(-1)
 
 
-def relative_error(w: Tensor, q: Tensor, scale: Tensor, zero: Tensor) -> float:
-    """||w - w'|| / ||w|| in Frobenius norm, 0 for a weight of zeros; w and q [R, G, g]."""
-    norm = w.norm()
-    return float((decode(q, scale, zero) - w).norm() / norm) if norm > 0 else 0.0
-
-
 def _error(w: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     return (decode(encode(w, scale, zero, bits), scale, zero) - w).square().sum(-1)
 

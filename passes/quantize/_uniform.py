@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal, cast
 
 import torch
@@ -17,6 +18,7 @@ from effc.compiler.blocks.unit import DTYPES
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
+from effc.passes.quantize._grid import decode, encode
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 _SCALES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -91,6 +93,12 @@ class Uniform(Selects):
             )
 
 
+CHUNK = 1 << 22
+"""Weights that are rounded at once; bounds the memory beyond the model itself."""
+
+Find = Callable[[Tensor, int, bool, torch.dtype], tuple[Tensor, Tensor]]
+"""Fits the grid of groups: `fit` or `fit_least_squares`."""
+
 DENSE = (Linear, StackedLinear, Embedding, nn.Linear)
 """Modules whose weights are plain numbers in a `weight` parameter."""
 
@@ -134,6 +142,23 @@ def finite(path: str, w: Tensor) -> None:
                 help="repair the checkpoint, or leave the module out with `except`",
             )
         )
+
+
+def nearest(
+    w: Tensor, bits: int, groups: int, symmetric: bool, store: torch.dtype, find: Find
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """w [R, i] -> q [R, i] int8, scale and zero [R, G] float32, and ||w - w'|| / ||w||; in blocks of rows."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    squares = total = 0.0
+    for rows in w.split(max(1, CHUNK // w.shape[1])):
+        wide = rows.float().view(rows.shape[0], groups, -1)
+        scale, zero = find(wide, bits, symmetric, store)
+        q = encode(wide, scale, zero, bits)
+        squares += float((decode(q, scale, zero) - wide).square().sum(dtype=torch.float64))
+        total += float(wide.square().sum(dtype=torch.float64))
+        parts.append((q.to(torch.int8).view_as(rows), scale, zero))
+    q, scale, zero = (torch.cat(part) for part in zip(*parts, strict=True))
+    return q, scale, zero, math.sqrt(squares / total) if total else 0.0
 
 
 def place(rw: Rewriter, path: str, unit: QuantLinear | QuantStackedLinear | QuantEmbedding) -> set[str]:

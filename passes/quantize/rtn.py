@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from effc.compiler.blocks.quant_linear import WHOLE, Packed
+from effc.compiler.blocks.quant_linear import WHOLE
 from effc.compiler.contract import LOSSY, Contract, Fact
 from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
-from effc.passes.quantize._grid import decode, encode, fit, fit_least_squares, relative_error
-from effc.passes.quantize._uniform import Uniform, finite, inputs_of, matrix, packed_unit, place
+from effc.passes.quantize._grid import fit, fit_least_squares
+from effc.passes.quantize._uniform import CHUNK, Uniform, finite, inputs_of, matrix, nearest, packed_unit, place
 from effc.specs.paper import FOLKLORE
 from effc.specs.units import Unit
-
-_CHUNK = 1 << 22
-"""Weights that are worked on at once; bounds the memory beyond the model itself."""
-
 
 class RTN(Uniform, Rewrite):
     """Store w as q with w' = s (q - z), the nearest point of a grid that each group of inputs fits to itself.
@@ -62,35 +55,17 @@ class RTN(Uniform, Rewrite):
             w = matrix(module)
             if not w.is_meta:
                 finite(path, w)
-                errors[path] = method.round_onto(unit, w)
+                find = fit_least_squares if method.clip == "mse" else fit
+                wide = w.reshape(1, -1) if unit.group == WHOLE else w
+                q, scale, zero, errors[path] = nearest(
+                    wide, method.bits, unit.grid[1], unit.symmetric, method.store, find
+                )
+                unit.fill(q.view_as(w), scale, None if unit.symmetric else zero)
             done |= place(rw, path, unit)
         return errors
-
-    def round_onto(self, unit: Packed, w: Tensor) -> float:
-        """Fill the unit with w [R, i]; returns the relative error ||w - w'|| / ||w||."""
-        find = fit_least_squares if self.clip == "mse" else fit
-        bits, store = self.bits, self.store
-        groups = unit.grid[1]
-        if unit.group == WHOLE:
-            wide = w.float().view(1, 1, -1)
-            scale, zero = find(wide, bits, unit.symmetric, store)
-            q = encode(wide, scale, zero, bits)
-            unit.fill(q.view_as(w), scale, None if unit.symmetric else zero)
-            return relative_error(wide, q, scale, zero)
-        parts, squares, total = [], 0.0, 0.0
-        for rows in w.split(max(1, _CHUNK // w.shape[1])):
-            wide = rows.float().view(rows.shape[0], groups, -1)
-            scale, zero = find(wide, bits, unit.symmetric, store)
-            q = encode(wide, scale, zero, bits)
-            squares += float((decode(q, scale, zero) - wide).square().sum(dtype=torch.float64))
-            total += float(wide.square().sum(dtype=torch.float64))
-            parts.append((q.to(torch.int8).view_as(rows), scale, zero))
-        q, scale, zero = (torch.cat(part) for part in zip(*parts, strict=True))
-        unit.fill(q, scale, None if unit.symmetric else zero)
-        return math.sqrt(squares / total) if total else 0.0
 
     def work(self, model: Model, seq: int = 0) -> Work:
         tries = 10 if self.clip == "mse" else 1
         weights = [matrix(model.module(p)) for p in self.targets(model)]
         nbytes = sum(w.numel() * w.element_size() for w in weights)
-        return Work(solve=10.0 * tries * sum(w.numel() for w in weights), disk=2 * nbytes, memory=40 * _CHUNK)
+        return Work(solve=10.0 * tries * sum(w.numel() for w in weights), disk=2 * nbytes, memory=40 * CHUNK)

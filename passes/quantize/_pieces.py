@@ -1,0 +1,115 @@
+"""The matrices that GPTQ rounds in one layer: those on one input and one grid are solved together.
+
+Shapes: W [R, i]; q [R, i], scale and zero [R, G].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from effc.compiler.blocks.linear import StackedLinear
+from effc.compiler.rewrite import Rewriter
+from effc.compiler.shapes import Statistic
+from effc.passes.quantize._grid import decode, fit
+from effc.passes.quantize._solve import Hessian, factor, output_error, solve
+from effc.passes.quantize._uniform import finite, matrix, nearest
+from effc.specs.diagnostic import Diagnostic, EffcError
+
+if TYPE_CHECKING:
+    from effc.passes.quantize.gptq import GPTQ
+
+
+@dataclass(slots=True)
+class Piece:
+    """One matrix to round, a linear or one expert of a stack, and what came of it."""
+
+    path: str
+    method: GPTQ
+    w: Tensor
+    hessian: Hessian | None
+    """None where no input was seen."""
+    rounded: tuple[Tensor, Tensor, Tensor] = ()  # type: ignore[assignment]
+    """q, scale, zero"""
+    error: float = 0.0
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.w.shape[1] if self.method.group == "channel" else int(self.method.group)
+
+    @property
+    def grid(self) -> tuple[Any, ...]:
+        """Everything that must be equal for two matrices to be solved in one go."""
+        m = self.method
+        return (m.bits, self.group, m.scheme, m.scale, m.damp, m.order, m.block)
+
+
+def pieces_of(rw: Rewriter, path: str, method: GPTQ, seen: Mapping[str, Statistic]) -> Iterable[Piece]:
+    """The matrices at a path, each with the statistic of its inputs."""
+    module = rw.module(path)
+    w = matrix(module)
+    finite(path, w)
+    if not isinstance(module, StackedLinear):
+        yield Piece(path, method, w.float(), _hessian(seen.get(path)))
+        return
+    for expert, rows in enumerate(w.float().chunk(module.experts)):
+        yield Piece(path, method, rows, _hessian(seen.get(f"{path}[{expert}]")))
+
+
+def grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces that read one input and go onto one kind of grid."""
+    groups: dict[tuple[Any, ...], list[Piece]] = {}
+    for number, piece in enumerate(pieces):
+        alone = piece.hessian is None
+        groups.setdefault((number if alone else id(piece.hessian), alone, *piece.grid), []).append(piece)
+    return list(groups.values())
+
+
+def round_together(kind: str, pieces: Sequence[Piece]) -> None:
+    """Round the rows of all pieces at once, and give each its share of the result and its error.
+
+    Raises:
+        EffcError: E422 when H cannot be factored even with a tenth of its mean on the diagonal.
+    """
+    first = pieces[0]
+    method = first.method
+    symmetric = method.scheme == "symmetric"
+    if first.hessian is None:
+        q, scale, zero, first.error = nearest(
+            first.w, method.bits, first.w.shape[1] // first.group, symmetric, method.store, fit
+        )
+        first.rounded = (q, scale, zero)
+        return
+    h = first.hessian.mean()
+    w = torch.cat([piece.w for piece in pieces])
+    dead = h.diagonal() == 0
+    fixed = h + torch.diag(dead.float())
+    order = fixed.diagonal().argsort(descending=True, stable=True) if method.order else None
+    found = factor(fixed if order is None else fixed[order][:, order], method.damp)
+    if found is None:
+        raise EffcError(
+            Diagnostic(
+                "E422",
+                f"`{kind}` cannot invert the inputs' statistics of {first.path}",
+                notes=(f"tried {method.damp:g} to 0.1 of the mean of the diagonal; {first.hessian.rows} inputs seen",),
+                help="use more samples, or leave the module out with `except`",
+            )
+        )
+    u, _ = found
+    live = w.masked_fill(dead, 0.0)
+    q, scale, zero = solve(live, u, method.bits, first.group, symmetric, method.store, method.block, order)
+    rows = [piece.w.shape[0] for piece in pieces]
+    parts = zip(*(t.split(rows) for t in (q, scale, zero)), strict=True)
+    for piece, (codes, s, z) in zip(pieces, parts, strict=True):
+        rounded = decode(codes.view(*s.shape, -1), s, z).view_as(piece.w)
+        piece.error = output_error(piece.w, rounded, h)
+        piece.rounded = (codes.to(torch.int8), s, z)
+
+
+def _hessian(statistic: Statistic | None) -> Hessian | None:
+    return statistic if isinstance(statistic, Hessian) and statistic.rows else None

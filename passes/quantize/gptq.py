@@ -1,0 +1,117 @@
+"""Round weights one column after another, and let the columns still to come make up for the error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Gt
+from pydantic import Field
+
+from effc.compiler.blocks.embedding import Embedding
+from effc.compiler.blocks.quant_linear import Packed
+from effc.compiler.contract import LOSSY, Contract, Fact
+from effc.compiler.cost import count
+from effc.compiler.method import Work
+from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
+from effc.compiler.shapes import Calibrate, Statistic
+from effc.passes.quantize._pieces import Piece, grouped, pieces_of, round_together
+from effc.passes.quantize._solve import Hessian
+from effc.passes.quantize._uniform import Uniform, inputs_of, matrix, packed_unit, place
+from effc.specs.paper import Paper
+from effc.specs.units import Share, Unit
+
+
+class GPTQ(Uniform, Calibrate):
+    """Choose codes that keep a layer's outputs: with H = 2 E[x x^T] of its inputs and inv(H) = U^T U, for every
+    column j: q_j = round(w_j), e = (w_j - q_j) / U_jj, and W[:, j:] -= e U[j, j:].
+
+    Layers run in order, each on what the quantized layers before it produce; q, k, v share one H, and so do gate
+    and up. A table that is looked up sees no inputs and is rounded to nearest, as is an expert that no token chose.
+
+    Use when: you want 3 or 4 bits from some hundred sequences of data, without training.
+    Costs:    three passes over the data, i^3 for an inverse and R i^2 for the rounding of a weight [R, i]; it fits
+              the calibration data, so take data like those of the task.
+    """
+
+    paper = Paper(
+        "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+        arxiv="2210.17323",
+        year=2022,
+        section="3",
+    )
+    contract = Contract(LOSSY, needs=(Fact("dense", "select"),), gives=(Fact("packed", "select"),))
+    examples = (
+        "quantize.gptq(data = code, bits = 4, group = 16)",
+        "quantize.gptq(data = code, bits = 3, samples = 8, scheme = asymmetric, order = true)",
+        'quantize.gptq(data = code, bits = 4, group = 16, samples = 8, rules = [{on = "head", bits = 8}])',
+    )
+
+    group: Annotated[int, Gt(0)] | Literal["channel"] = Field(
+        "channel", description="inputs that share a scale; `channel`: a whole row"
+    )
+    bits: Annotated[int, Unit("bits")] = Field(4, ge=2, le=8, description="bits of a code")
+    damp: Share = Field(0.01, gt=0, le=0.1, description="added to the diagonal of H, as a share of its mean")
+    order: bool = Field(False, description="round columns by falling diagonal of H; grids are fitted before")
+    block: int = Field(128, ge=1, description="columns whose updates are applied together")
+
+    def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
+        done: set[str] = set()
+        for path, method in self.targets(rw.model).items():
+            if path not in done:
+                module = rw.module(path)
+                done |= place(rw, path, packed_unit(module, method.width(method.bits, inputs_of(module))))
+
+    def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
+        return [p for p in paths if not isinstance(rw.module(p), Embedding | Packed)]
+
+    def start(self, rw: Rewriter, path: str) -> Statistic:
+        return Hessian(inputs_of(rw.module(path)))
+
+    def rewrite_layer(
+        self, rw: Rewriter, paths: Sequence[str], seen: Mapping[str, Statistic]
+    ) -> Mapping[str, float]:
+        targets = self.targets(rw.model)
+        here = [p for p in paths if not isinstance(rw.module(p), Packed) and not _awaited(rw, p, targets, paths)]
+        pieces = [piece for path in here for piece in pieces_of(rw, path, targets[path], seen)]
+        for alike in grouped(pieces):
+            round_together(self.kind, alike)
+        errors: dict[str, float] = {}
+        for path in here:
+            if not isinstance(rw.module(path), Packed):  # tied to one that was packed just now
+                errors[path] = self._put(rw, path, targets[path], [p for p in pieces if p.path == path])
+        return errors
+
+    def _put(self, rw: Rewriter, path: str, method: GPTQ, pieces: Sequence[Piece]) -> float:
+        """Swap the packed unit in; returns the relative error of the outputs (worst expert)."""
+        module = rw.module(path)
+        unit = packed_unit(module, method.width(method.bits, inputs_of(module)))
+        q, scale, zero = (torch.cat(parts) for parts in zip(*(p.rounded for p in pieces), strict=True))
+        unit.fill(q, scale, None if unit.symmetric else zero)
+        place(rw, path, unit)
+        return max(piece.error for piece in pieces)
+
+    def work(self, model: Model, seq: int = 0) -> Work:
+        tokens = self.samples * seq
+        flops = 2.0 * tokens * count(model, seq // 2).flops_per_token
+        solving, largest, nbytes = 0.0, 0, 0
+        for path in self.targets(model):
+            w = matrix(model.module(path))
+            rows, inputs = w.shape
+            flops += 2.0 * tokens * inputs**2
+            solving += 2.0 * rows * inputs**2 + inputs**3
+            largest = max(largest, 4 * (4 * inputs**2 + 4 * rows * inputs))
+            nbytes += w.numel() * w.element_size()
+        return Work(flops, solving, 2 * nbytes, largest)
+
+
+def _awaited(rw: Rewriter, path: str, targets: Mapping[str, GPTQ], paths: Sequence[str]) -> bool:
+    """A table whose numbers a selected head shares: the head sees inputs, so it decides when its turn comes."""
+    if not isinstance(rw.module(path), Embedding):
+        return False
+    ties = rw.model.ties()
+    owner = ties.get(f"{path}.weight", f"{path}.weight")
+    later = (f"{p}.weight" for p in targets if p not in paths)
+    return any(ties.get(name, name) == owner for name in later)
