@@ -143,9 +143,12 @@ class _Training:
 
     def _moving(self) -> Moving:
         """The parameters that train, by name."""
-        wanted = self.method.trains(self.student)
+        names = list(dict.fromkeys(self.method.trains(self.student)))
+        shared = dict(self.student.named_parameters())
+        for name in names:  # the clone shares storage with the model that came in
+            self.student.place(name, shared[name].detach().clone())
         present = dict(self.student.named_parameters())
-        chosen = {name: present[name] for name in dict.fromkeys(wanted)}
+        chosen = {name: present[name] for name in names}
         if not chosen:
             note = f"the model has {len(present)} parameters, none of them is chosen"
             raise EffcError(
