@@ -1,0 +1,159 @@
+"""The import closure of a source file inside effc, read from its text: nothing is imported, nothing runs.
+
+A result depends on the sources that could have run; a catalogue entry on those it was read from. Both are
+told apart by the same hash. Layout and comments do not count. What is imported for type checkers alone,
+under `if TYPE_CHECKING:`, never runs and does not count either.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+
+PACKAGE = "effc"
+
+
+def fingerprint(modules: Sequence[str], docstrings: bool = True) -> str:
+    """SHA-256 over the closure of these modules; docstrings count where they are read, as in a catalogue.
+
+    Raises:
+        ModuleNotFoundError: when a module of the list has no source file.
+        SyntaxError: when a file of the closure does not parse.
+    """
+    digest = sha256()
+    for module in closure(modules):
+        digest.update(f"{module} {_digest(*_stamp(_file(module)), docstrings)}\n".encode())
+    return digest.hexdigest()
+
+
+def closure(modules: Sequence[str]) -> list[str]:
+    """Dotted names of all modules inside effc that importing `modules` could load, sorted.
+
+    Raises: as `fingerprint`.
+    """
+    for module in modules:
+        if source(module) is None:
+            raise ModuleNotFoundError(f"{module} has no source file", name=module)
+    found: set[str] = set()
+    todo = list(modules)
+    while todo:
+        if (module := todo.pop()) not in found:
+            found.add(module)
+            todo += _needs(module, *_stamp(_file(module)))
+    return sorted(found)
+
+
+def source(module: str) -> Path | None:
+    """The file of a module inside effc; None when there is none."""
+    words = module.split(".")
+    if words[0] != PACKAGE or len(words) < 2:
+        return None
+    base = _floor(words[1])
+    if base is None:
+        return None
+    place = base.joinpath(*words[2:])
+    for path in (place / "__init__.py", place.with_suffix(".py") if len(words) > 2 else None):
+        if path is not None and path.is_file():
+            return path
+    return None
+
+
+@cache
+def _floor(name: str) -> Path | None:
+    """The folder of a floor. Finding it imports only `effc` itself."""
+    found = find_spec(f"{PACKAGE}.{name}")
+    places = found.submodule_search_locations if found else None
+    return Path(next(iter(places))) if places else None
+
+
+def _file(module: str) -> Path:
+    found = source(module)
+    assert found is not None, module
+    return found
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    """What changes when a file is edited."""
+    stat = os.stat(path)
+    return str(path), stat.st_mtime_ns, stat.st_size
+
+
+@cache
+def _tree(path: str, changed: int, size: int) -> ast.Module:
+    return ast.parse(Path(path).read_bytes(), filename=path)
+
+
+@cache
+def _digest(path: str, changed: int, size: int, docstrings: bool) -> str:
+    tree = _tree(path, changed, size)
+    text = ast.dump(tree if docstrings else _bare(Path(path).read_bytes()))
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _bare(text: bytes) -> ast.Module:
+    """The tree without statements that are only a string, which covers docstrings of fields too."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [s for s in node.body if not _is_text(s)] or [ast.Pass()]
+    return tree
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+@cache
+def _needs(module: str, path: str, changed: int, size: int) -> tuple[str, ...]:
+    """Modules inside effc that a module imports, packages on the way to them included."""
+    package = module if Path(path).name == "__init__.py" else module.rpartition(".")[0]
+    found: dict[str, None] = {}
+    for node in _running(_tree(path, changed, size)):
+        for name in _named(node, package):
+            words = name.split(".")
+            for end in range(2, len(words) + 1):
+                part = ".".join(words[:end])
+                if source(part) is not None:
+                    found[part] = None
+    found.pop(module, None)
+    return tuple(found)
+
+
+def _running(node: ast.AST) -> Iterator[ast.AST]:
+    """Every node below, except bodies that only type checkers see."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and _for_types(child.test):
+            for other in child.orelse:
+                yield other
+                yield from _running(other)
+            continue
+        yield child
+        yield from _running(child)
+
+
+def _for_types(test: ast.expr) -> bool:
+    name = test.attr if isinstance(test, ast.Attribute) else getattr(test, "id", None)
+    return name == "TYPE_CHECKING"
+
+
+def _named(node: ast.AST, package: str) -> Iterator[str]:
+    """Dotted names that an import statement may load; what follows `import` may be a module or not."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            above = package.split(".")
+            above = above[: len(above) - node.level + 1]
+            base = ".".join([*above, *([base] if base else [])])
+        if base.split(".")[0] == PACKAGE:
+            yield from (f"{base}.{alias.name}" for alias in node.names)
