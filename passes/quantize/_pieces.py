@@ -15,9 +15,10 @@ from torch import Tensor
 from effc.compiler.blocks.linear import StackedLinear
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Statistic
+from effc.passes._dense import finite, matrix
 from effc.passes.quantize._grid import decode, fit
 from effc.passes.quantize._solve import Hessian, factor, output_error, solve
-from effc.passes.quantize._uniform import finite, matrix, nearest
+from effc.passes.quantize._uniform import nearest
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 if TYPE_CHECKING:

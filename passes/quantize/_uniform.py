@@ -18,8 +18,9 @@ from effc.compiler.blocks.unit import DTYPES
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
+from effc.passes._dense import divisors_near, inputs_of, not_dense, some
 from effc.passes.quantize._grid import decode, encode
-from effc.specs.diagnostic import Diagnostic, EffcError
+from effc.specs.diagnostic import Diagnostic
 
 _SCALES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -53,29 +54,7 @@ class Uniform(Selects):
 
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
         targets = self.targets(model)
-        packed = [p for p in targets if isinstance(model.module(p), Packed)]
-        other = [p for p in targets if p not in packed and not isinstance(model.module(p), DENSE)]
-        found = list(self._unfit(model, targets))
-        if packed:
-            found.append(
-                Diagnostic(
-                    "E322",
-                    f"`{self.kind}` cannot quantize what is already packed",
-                    notes=(f"{_some(packed)} {'is' if len(packed) == 1 else 'are'} packed",),
-                    help="quantize once, with the bits you want, or leave these modules out with `except`",
-                )
-            )
-        if other:
-            types = sorted({type(model.module(p)).__name__ for p in other})
-            found.append(
-                Diagnostic(
-                    "E323",
-                    f"`{self.kind}` quantizes dense weights only",
-                    notes=(f"{_some(other)}: {', '.join(types)}",),
-                    help="fold or leave these modules out with `except`, or quantize before the stage that made them",
-                )
-            )
-        return found
+        return [*self._unfit(model, targets), *not_dense(self.kind, "quantize", model, targets)]
 
     def _unfit(self, model: Model, targets: dict[str, Uniform]) -> Iterator[Diagnostic]:
         """One diagnostic for each pair of group and width that does not divide."""
@@ -88,7 +67,7 @@ class Uniform(Selects):
             near = ", ".join(map(str, divisors_near(group, inputs)))
             yield Diagnostic(
                 "E321",
-                f"group {group} does not divide in_features {inputs} of {_some(paths)}",
+                f"group {group} does not divide in_features {inputs} of {some(paths)}",
                 help=f"use {near} or channel",
             )
 
@@ -98,20 +77,6 @@ CHUNK = 1 << 22
 
 Find = Callable[[Tensor, int, bool, torch.dtype], tuple[Tensor, Tensor]]
 """Fits the grid of groups: `fit` or `fit_least_squares`."""
-
-DENSE = (Linear, StackedLinear, Embedding, nn.Linear)
-"""Modules whose weights are plain numbers in a `weight` parameter."""
-
-
-def inputs_of(module: nn.Module) -> int:
-    """The length of a weight row: in_features of a linear, width of a table; 0 for anything else."""
-    return int(getattr(module, "in_features", 0) or getattr(module, "width", 0))
-
-
-def matrix(module: nn.Module) -> Tensor:
-    """The weight as rows [R, i]; experts are stacked on top of each other."""
-    return module.get_parameter("weight").detach().flatten(0, -2)
-
 
 def packed_unit(module: nn.Module, grid: dict[str, object]) -> QuantLinear | QuantStackedLinear | QuantEmbedding:
     """An empty packed unit that can take the place of a dense module."""
@@ -128,20 +93,6 @@ def packed_unit(module: nn.Module, grid: dict[str, object]) -> QuantLinear | Qua
     linear = QuantLinear(**cast("dict[str, int]", {"bias": module.bias is not None} | sides | grid))
     linear.bias = module.bias
     return linear
-
-
-def finite(path: str, w: Tensor) -> None:
-    """Raises EffcError E420 when a weight is NaN or infinite."""
-    if not bool(torch.isfinite(w).all()):
-        bad = int((~torch.isfinite(w)).sum())
-        raise EffcError(
-            Diagnostic(
-                "E420",
-                f"the weight of {path} is not finite",
-                notes=(f"{bad} of {w.numel()} numbers are NaN or infinite",),
-                help="repair the checkpoint, or leave the module out with `except`",
-            )
-        )
 
 
 def nearest(
@@ -178,14 +129,3 @@ def place(rw: Rewriter, path: str, unit: QuantLinear | QuantStackedLinear | Quan
         rw.swap(twin, other)
     rw.swap(path, unit)
     return {path, *twins}
-
-
-def divisors_near(group: int, inputs: int) -> list[int]:
-    """Up to three divisors of `inputs`, above 1 and below it, nearest to `group`, ascending."""
-    divisors = [d for d in range(2, inputs) if inputs % d == 0]
-    return sorted(sorted(divisors, key=lambda d: (abs(d - group), d))[:3])
-
-
-def _some(paths: Sequence[str]) -> str:
-    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    return f"{paths[0]}{more}"

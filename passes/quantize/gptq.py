@@ -17,9 +17,10 @@ from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Calibrate, Statistic
+from effc.passes._dense import inputs_of, matrix
 from effc.passes.quantize._pieces import Piece, grouped, pieces_of, round_together
 from effc.passes.quantize._solve import Hessian
-from effc.passes.quantize._uniform import Uniform, inputs_of, matrix, packed_unit, place
+from effc.passes.quantize._uniform import Uniform, packed_unit, place
 from effc.specs.paper import Paper
 from effc.specs.units import Share, Unit
 

@@ -13,8 +13,9 @@ from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
+from effc.passes._dense import finite, inputs_of, matrix
 from effc.passes.quantize._grid import fit, fit_least_squares
-from effc.passes.quantize._uniform import CHUNK, Uniform, finite, inputs_of, matrix, nearest, packed_unit, place
+from effc.passes.quantize._uniform import CHUNK, Uniform, nearest, packed_unit, place
 from effc.specs.paper import FOLKLORE
 from effc.specs.units import Unit
 

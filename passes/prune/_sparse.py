@@ -1,0 +1,83 @@
+"""What methods that set weights to zero share: fields, refusals, and the edit itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from pydantic import Field
+from torch import Tensor
+
+from effc.compiler.contract import LOSSY, Contract, Fact
+from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
+from effc.compiler.selects import Selects
+from effc.passes._dense import inputs_of, matrix, not_dense, some
+from effc.passes.prune._pattern import Pattern, lowest_in_groups, sides
+from effc.specs.diagnostic import Diagnostic
+from effc.specs.units import Share
+
+SPARSE = Contract(
+    LOSSY,
+    needs=(Fact("dense", "select"),),
+    gives=(
+        Fact("sparse", "select"),
+        Fact("sparse_2_4", "select").when(pattern="2:4"),
+        Fact("sparse_4_8", "select").when(pattern="4:8"),
+    ),
+    keeps=(Fact("dense"), Fact("tied")),
+)
+
+
+class Sparse(Selects):
+    """Fields and refusals of a method that sets weights to zero."""
+
+    overrides = ("sparsity", "pattern")
+
+    sparsity: Share = Field(0.5, lt=1, description="share of weights set to zero; n:m patterns fix it at 50%")
+    pattern: Pattern = Field("unstructured", description="any weights, or 2 of 4 or 4 of 8 neighboring inputs stay")
+
+    def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
+        targets = self.targets(model)
+        return [*self._clashes(targets), *self._unfit(model, targets), *not_dense(self.kind, "prune", model, targets)]
+
+    def mask_in_groups(self, scores: Tensor) -> Tensor:
+        """Where the pattern n:m sets scores [R, i] to zero."""
+        return lowest_in_groups(scores, *sides(self.pattern))
+
+    def _clashes(self, targets: dict[str, Sparse]) -> Iterator[Diagnostic]:
+        for path, method in targets.items():
+            if method.pattern != "unstructured" and method.sparsity != 0.5:
+                yield Diagnostic(
+                    "E325",
+                    f"`sparsity` of `{self.kind}` is {method.sparsity:.0%}, and the pattern {method.pattern} fixes it",
+                    notes=(f"at {path}",),
+                    help="leave `sparsity` out, or use pattern = unstructured",
+                )
+                return
+
+    def _unfit(self, model: Model, targets: dict[str, Sparse]) -> Iterator[Diagnostic]:
+        seen: dict[tuple[str, int], list[str]] = {}
+        for path, method in targets.items():
+            inputs = inputs_of(model.module(path))
+            if method.pattern != "unstructured" and inputs % sides(method.pattern)[1]:
+                seen.setdefault((method.pattern, inputs), []).append(path)
+        for (pattern, inputs), paths in seen.items():
+            m = sides(pattern)[1]
+            fits = [p for p in ("2:4", "4:8") if inputs % sides(p)[1] == 0]
+            yield Diagnostic(
+                "E324",
+                f"the pattern {pattern} needs in_features divisible by {m}; {some(paths)} has {inputs}",
+                help=f"use pattern = {' or '.join([*fits, 'unstructured'])}, or leave these modules out with `except`",
+            )
+
+
+def zero(rw: Rewriter, path: str, mask: Tensor) -> float:
+    """Set the weights under mask [R, i] to zero; returns the share of the weight's norm that is lost."""
+    module = rw.module(path)
+    w = matrix(module)
+    kept = w.masked_fill(mask, 0)
+    whole = w.float().norm()
+    lost = float(w.float().masked_fill(~mask, 0).norm() / whole) if whole > 0 else 0.0
+    count = int(mask.sum())
+    rw.write(path, "weight", kept.view_as(module.weight), f"{count} of {mask.numel()} weights are zero")
+    return lost
