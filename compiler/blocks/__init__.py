@@ -4,6 +4,8 @@ from effc.compiler.blocks.attention import Attention
 from effc.compiler.blocks.embedding import Embedding, Table
 from effc.compiler.blocks.head import Scale, Softcap
 from effc.compiler.blocks.linear import Linear, StackedLinear
+from effc.compiler.blocks.lora_linear import LoraLinear
+from effc.compiler.blocks.low_rank_linear import LowRankLinear
 from effc.compiler.blocks.mlp import MLP
 from effc.compiler.blocks.moe import Experts, MoE
 from effc.compiler.blocks.norm import Norm
@@ -18,6 +20,8 @@ __all__ = [
     "Embedding",
     "Experts",
     "Linear",
+    "LoraLinear",
+    "LowRankLinear",
     "MoE",
     "Norm",
     "PatchEmbed",

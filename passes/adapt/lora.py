@@ -1,0 +1,117 @@
+"""Train a low-rank change beside frozen weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from effc.compiler.blocks.linear import Linear
+from effc.compiler.blocks.lora_linear import LoraLinear
+from effc.compiler.blocks.quant_linear import QuantLinear
+from effc.compiler.contract import TRAIN, Contract, Fact
+from effc.compiler.losses import cross_entropy
+from effc.compiler.method import Batch, Work
+from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
+from effc.compiler.selects import Selects
+from effc.compiler.shapes import Train
+from effc.compiler.trained import training_work
+from effc.specs.diagnostic import Diagnostic
+from effc.specs.paper import Paper
+from effc.specs.units import Share
+
+
+class Lora(Selects, Train):
+    """Learn y = W x + s B A x with W frozen, A [rank, in] random and B [out, rank] zero, s = alpha / rank.
+
+    At the start the change is zero, so the function is the model's; `adapt.fold` adds it to W at the end.
+
+    Use when: few numbers should be trained or published, or the weights are packed.
+    Costs:    rank (in + out) numbers and twice as many FLOPs a token for each weight, until folded.
+    """
+
+    paper = Paper(
+        "LoRA: Low-Rank Adaptation of Large Language Models", arxiv="2106.09685", year=2021, section="4.1"
+    )
+    contract = Contract(
+        TRAIN,
+        gives=(Fact("adapter", "select"),),
+        keeps=tuple(Fact(name, "select") for name in ("packed", "sparse", "sparse_2_4", "sparse_4_8")),
+    )
+    examples: ClassVar[tuple[str, ...]] = (
+        "adapt.lora(data = code, steps = 3, batch = 2)",
+        'adapt.lora(data = code, steps = 2, batch = 2, rank = 2, select = ["attention.q", "attention.v"])',
+    )
+    overrides: ClassVar[tuple[str, ...]] = ("rank", "alpha")
+
+    rank: int = Field(8, ge=1, description="inner width of the change")
+    alpha: float = Field(16.0, gt=0, description="strength of the change, as if trained at rank 1")
+    scaling: Literal["rank", "sqrt_rank"] = Field("rank", description="s = alpha / rank, or / sqrt(rank)")
+    dropout: Share = Field(0.0, ge=0, lt=1, description="share of inputs hidden from the change in training")
+
+    def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
+        for path, method in self.targets(rw.model).items():
+            unit = LoraLinear.over(rw.module(path), method.rank, method.alpha, method.scaling, method.dropout)
+            rw.swap(path, unit, f"rank {method.rank}")
+
+    def begin(self, rw: Rewriter, seed: int) -> None:
+        """A uniform in +-1 / sqrt(in), from the seed and the path; B zero."""
+        for path in self.targets(rw.model):
+            unit = rw.module(path)
+            digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
+            dice = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            a = (torch.rand(unit.a.shape, generator=dice) * 2 - 1) / unit.in_features**0.5
+            rw.write(path, "a", a.to(unit.a.dtype))
+            rw.write(path, "b", torch.zeros(unit.b.shape, dtype=unit.b.dtype))
+
+    def trains(self, model: Model) -> list[str]:
+        return [f"{path}.{name}" for path in self.targets(model) for name in ("a", "b")]
+
+    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Mapping[str, Tensor]:
+        if self.dropout:
+            student.train()
+        return {"total": cross_entropy(student(batch.ids, step=batch.step), batch.labels)}
+
+    def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
+        """Each problem once, with the modules that have it."""
+        found: dict[str, list[str]] = {}
+        notes: dict[str, tuple[str, str]] = {}
+        shared = {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}
+        for path, method in self.targets(model).items():
+            module = model.module(path)
+            if isinstance(module, LoraLinear):
+                problem = ("has an adapter already", "fold it first with adapt.fold, or leave the module out")
+            elif not isinstance(module, Linear | QuantLinear):
+                problem = (f"is {type(module).__name__}, not a linear", f'write except = ["{path}"]')
+            elif path in shared:
+                problem = ("shares its weight with another module", f'write except = ["{path}"]')
+            elif method.rank > (limit := min(module.in_features, module.out_features)):
+                problem = (
+                    f"takes a rank of at most {limit}, not {method.rank}",
+                    f"use rank = {limit} or less",
+                )
+            else:
+                continue
+            found.setdefault(problem[0], []).append(path)
+            notes[problem[0]] = problem
+        return [
+            Diagnostic(
+                "E340" if "rank" in problem else "E320",
+                f"`{self.kind}` cannot adapt `{paths[0]}`"
+                + (f" and {len(paths) - 1} more" if paths[1:] else ""),
+                notes=(f"it {problem}",),
+                help=notes[problem][1],
+            )
+            for problem, paths in found.items()
+        ]
+
+    def work(self, model: Model, seq: int = 0) -> Work:
+        """Forward, and back through the activations: no gradient of W is taken."""
+        full = training_work(self, model, seq)
+        return replace(full, flops=full.flops * 2 / 3)
