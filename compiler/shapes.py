@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 from numpy.typing import NDArray
@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from effc.compiler.alike import unlike
-from effc.compiler.method import Batch, DataRef, Method, Optimizer, Schedule, Slot
+from effc.compiler.method import Batch, Context, DataRef, Method, Optimizer, Schedule, Slot
 from effc.specs.diagnostic import Diagnostic
 
 if TYPE_CHECKING:
@@ -112,12 +112,21 @@ class Train(Method):
     def begin(self, rw: Rewriter, seed: int) -> None:
         """Give what `outline` put in its first values, drawn by `seed`; nothing by default."""
 
+    def teach(
+        self, teachers: Mapping[str, Model], batches: Iterable[Batch], context: Context
+    ) -> Mapping[str, Any]:
+        """What `loss` is handed as teachers: the models themselves, or what they say of `batches`.
+
+        `batches` are all sequences that the training will see, each once.
+        """
+        return teachers
+
     def trains(self, model: Model) -> list[str]:
         """Names of the parameters that move."""
         raise NotImplementedError
 
-    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Losses:
-        """Named scalars, `total` among them; teachers by field name."""
+    def loss(self, student: Model, teachers: Mapping[str, Any], batch: Batch) -> Losses:
+        """Named scalars, `total` among them; teachers by field name, as `teach` gave them."""
         raise NotImplementedError
 
 

@@ -71,7 +71,9 @@ def untrainable(kind: str, model: Model, train: str | tuple[str, ...] = "all") -
     ]
 
 
-def training_work(method: Train, model: Model, seq: int, teachers: int = 0, teacher: Model | None = None) -> Work:
+def training_work(
+    method: Train, model: Model, seq: int, teachers: int = 0, teacher: Model | None = None
+) -> Work:
     """Three forward passes' work for each token, one more for each teacher; weights four times in float32.
 
     Memory: master, gradient and optimizer state in float32, the working copy, and the activations that the

@@ -45,7 +45,7 @@ def bits_per_byte(model: Model, data: Data, split: str = "heldout") -> float:
 
 
 def accuracy(model: Model, questions: Questions, normalize: bool = False) -> float:
-    """Share of questions whose right choice is the likeliest; `normalize` divides by the bytes of a choice."""
+    """Share of questions whose right choice is the likeliest; `normalize`: for each byte of a choice."""
     right = 0
     for question in questions.items:
         scores = likelihoods(model, question)

@@ -56,7 +56,8 @@ class _Training:
         self._refuse()
         dtype = working_dtype(method.precision, context.device, context.precision)
         self.student = _copy(rw.model, dtype, context.device)
-        self.teachers = {name: _copy(m, dtype, context.device) for name, m in context.models.items()}
+        models = {name: _copy(m, dtype, context.device) for name, m in context.models.items()}
+        self.teachers = method.teach(models, self._all(), context)
         self.moving = self._moving()
         optimizer = method.optimizer or AdamW()
         self.schedule: Schedule = method.schedule or Cosine()
@@ -112,6 +113,13 @@ class _Training:
         self.optimizer.step()
         self.moving.publish()
         return losses
+
+    def _all(self) -> Iterator[Batch]:
+        """Every sequence that some step will see, each once, in the order of the data."""
+        size, seen = self.data.size(self.split), self.method.steps * self.method.batch
+        rows = range(size) if seen >= size else sorted(self._row(i) for i in range(seen))
+        for start in range(0, len(rows), self.method.batch):
+            yield self._moved(self.data.batch(self.split, rows[start : start + self.method.batch]))
 
     def _batches(self, step: int) -> Iterator[Batch]:
         """The sequences of a step, in parts."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -29,7 +29,7 @@ class Full(Train):
     contract = Contract(TRAIN)
     examples: ClassVar[tuple[str, ...]] = (
         "adapt.full(data = code, steps = 3, batch = 2)",
-        'adapt.full(data = code, steps = 2, batch = 2, train = ["layers[0].mlp.*"], optimizer = sgd(lr = 0.01))',
+        'adapt.full(data = code, steps = 2, batch = 2, train = ["layers[0].mlp.*"], optimizer = sgd())',
     )
 
     train: str | tuple[str, ...] = Field(
@@ -42,7 +42,7 @@ class Full(Train):
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
         return untrainable(self.kind, model, self.train)
 
-    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Mapping[str, Tensor]:
+    def loss(self, student: Model, teachers: Mapping[str, Any], batch: Batch) -> Mapping[str, Tensor]:
         loss = cross_entropy(student(batch.ids, step=batch.step), batch.labels)
         return {"total": loss}
 

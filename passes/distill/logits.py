@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -22,10 +22,10 @@ from effc.specs.paper import Paper
 
 
 class Logits(Train):
-    """Minimize kd t^2 D(p_T, p_S) + ce (-log p_S(next token)), with p = softmax(z / t) of teacher and student.
+    """Minimize kd t^2 D(p_T, p_S) + ce (-log p_S(next token)), with p = softmax(z / t).
 
-    D is KL(p_T || p_S) (forward), KL(p_S || p_T) (reverse), the Jensen-Shannon divergence with weight beta, or
-    the total variation distance. The means run over the tokens that carry loss.
+    T is the teacher, S the student. D is KL(p_T || p_S) (forward), KL(p_S || p_T) (reverse), the Jensen-Shannon
+    divergence with weight beta, or the total variation distance; means run over the tokens that carry loss.
 
     Use when: a stage took something from a model that is still at hand. Forward covers all the teacher does,
               reverse concentrates on what it does most.
@@ -36,14 +36,16 @@ class Logits(Train):
     contract = Contract(TRAIN)
     examples: ClassVar[tuple[str, ...]] = (
         "distill.logits(teacher = base, data = code, steps = 3, batch = 2)",
-        "distill.logits(teacher = base, data = code, steps = 2, batch = 2, direction = reverse, temperature = 1)",
+        "distill.logits(teacher = base, data = code, steps = 2, direction = reverse, temperature = 2)",
     )
 
     teacher: ModelRef = Field(description="the model to learn from")
     direction: Literal["forward", "reverse", "jsd", "tvd"] = Field(
         "forward", description="which distance from the teacher is minimized"
     )
-    temperature: float = Field(1.0, gt=0, le=100, description="t: above 1 the teacher's unlikely tokens weigh more")
+    temperature: float = Field(
+        1.0, gt=0, le=100, description="t: above 1 the teacher's unlikely tokens weigh more"
+    )
     beta: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the mixture of jsd")
     kd: float = Field(0.9, ge=0, description="weight of the distance from the teacher")
     ce: float = Field(0.1, ge=0, description="weight of the surprise at the data")
@@ -62,9 +64,12 @@ class Logits(Train):
 
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
         found = untrainable(self.kind, model, self.train)
-        return [*found, *(d for teacher in others[-1:] for d in unlike_vocabularies(self.kind, model, teacher))]
+        return [
+            *found,
+            *(d for teacher in others[-1:] for d in unlike_vocabularies(self.kind, model, teacher)),
+        ]
 
-    def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Mapping[str, Tensor]:
+    def loss(self, student: Model, teachers: Mapping[str, Any], batch: Batch) -> Mapping[str, Tensor]:
         """kd, ce and their weighted sum."""
         with torch.no_grad():
             told = teachers["teacher"](batch.ids, step=batch.step)
