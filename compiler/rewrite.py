@@ -94,13 +94,14 @@ class Rewriter:
     def swap(self, path: str, new: nn.Module, detail: str = "") -> None:
         """Put another module in place of one; role, inputs and outputs stay.
 
-        Tensors of the old module that the new one holds keep their source. Children that the new one lacks
-        and the old block needs (learned positions beside an embedding) move over.
+        Tensors of the old module that the new one holds keep their source. Where the new module is a packed
+        form of the old, like children move over: learned positions beside an embedding.
         """
         old = self.model.module(path)
-        if isinstance(old, Unit) and type(new).__mro__[1] is type(old):
+        if isinstance(new, type(old)) and type(new) is not type(old):
             for name, child in old._modules.items():
-                new._modules.setdefault(name, child)
+                if _spec(new._modules.get(name, child)) == _spec(child):
+                    new._modules[name] = child
         before = self._known()
         parent, _, name = path.rpartition(".")
         self.model.module(parent)._modules[name] = new
@@ -261,6 +262,10 @@ class Rewriter:
                 self.written.add(name)
         self.model.weights = sources
         self._origins = origins
+
+
+def _spec(module: nn.Module | None) -> Any:
+    return module.spec() if isinstance(module, Unit) else module
 
 
 def _roles_below(gm: fx.GraphModule, path: str) -> dict[str, Role]:

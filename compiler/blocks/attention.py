@@ -6,7 +6,7 @@ Shapes: x [B, T, d], q [B, H, T, h], k and v [B, Hk, S, h] with S keys; H query 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.rope import checked, rotate, tables
 from effc.compiler.blocks.unit import DTYPES, Unit
 from effc.compiler.step import Step
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 
 class Attention(Unit):
@@ -79,6 +82,20 @@ class Attention(Unit):
 
     def kv_bytes(self) -> int:
         return 2 * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize if self.causal else 0
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        q = ops("heads", ops.inline("q", self.q, x), count=self.heads)
+        k = ops("heads", ops.inline("k", self.k, x), count=self.kv_heads)
+        v = ops("heads", ops.inline("v", self.v, x), count=self.kv_heads)
+        if self.qk_norm:
+            q, k = ops.inline("q_norm", self.q_norm, q), ops.inline("k_norm", self.k_norm, k)
+        q, k, v = ops("heads_first", q), ops("heads_first", k), ops("heads_first", v)
+        if self.rope is not None:
+            q, k = (ops("rope", t, ops.step, parameters=self.rope) for t in (q, k))
+        seen = ops("visible", ops.step, x, causal=self.causal, window=self.window)
+        y, state = ops.many("attend", q, k, v, seen, ops.past, scale=self.factor, cap=self.cap)
+        ops.graph.state = state.number
+        return ops.inline("o", self.o, ops("join_heads", y))
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         batch, length = x.shape[:2]

@@ -5,6 +5,8 @@ Shapes: ids [B, T] int64 -> x [B, T, D].
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,6 +14,9 @@ from effc.compiler.blocks.linear import dtype_name
 from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.unit import Unit, empty
 from effc.compiler.step import Step
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 
 class Table(Unit):
@@ -28,6 +33,9 @@ class Table(Unit):
     @property
     def dtype(self) -> str:
         return dtype_name(self.weight)
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        return ops("embed", x, ops.weight("weight"))
 
     def forward(self, index: Tensor) -> Tensor:
         return F.embedding(index, self.weight)
@@ -85,6 +93,21 @@ class Embedding(Unit):
 
     def lookup(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
+
+    def expand_lookup(self, ops: Ops, ids: Value) -> Value:
+        return ops("embed", ids, ops.weight("weight"))
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        y = self.expand_lookup(ops, x)
+        if self.scale != 1.0:
+            y = ops("scale", y, factor=self.scale)
+        if self.types:
+            kinds = ops("token_types", ops.step, x)
+            y = ops("add", y, ops.inline("token_type", self.token_type, kinds))
+        if self.positions:
+            place = ops("shift", ops("positions", ops.step), by=self.position_offset)
+            y = ops("add", y, ops.inline("position", self.position, place))
+        return ops.inline("norm", self.norm, y) if self.norm_eps else y
 
     def forward(self, ids: Tensor, step: Step) -> Tensor:
         x = self.lookup(ids)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from effc.compiler.blocks.unit import Unit
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 
 class Softcap(Unit):
@@ -16,6 +21,9 @@ class Softcap(Unit):
         if cap <= 0:
             raise ValueError(f"the cap must be above 0, not {cap}")
         self.cap = cap
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        return ops("softcap", x, cap=self.cap)
 
     def forward(self, x: Tensor) -> Tensor:
         return softcap(x, self.cap)
@@ -28,8 +36,11 @@ class Scale(Unit):
         super().__init__()
         self.factor = factor
 
+    def expand(self, ops: Ops, x: Value) -> Value:
+        return ops("scale", x, factor=self.factor)
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
+        return x * x.new_tensor(self.factor)
 
 
 def softcap(x: Tensor, cap: float) -> Tensor:

@@ -5,12 +5,15 @@ Shapes: W [o, i] = [out, in], so y = x W^T; a stack of E experts is [E, o, i].
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effc.compiler.blocks.unit import Unit, empty
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -41,6 +44,9 @@ class Linear(Unit):
     def flops(self, mean: int) -> int:
         return 2 * self.in_features * self.out_features
 
+    def expand(self, ops: Ops, x: Value) -> Value:
+        return ops("linear", x, ops.weight("weight"), ops.weight("bias") if self.bias is not None else None)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, cast(Tensor | None, self.bias))
 
@@ -60,6 +66,10 @@ class StackedLinear(Unit):
     @property
     def dtype(self) -> str:
         return dtype_name(self.weight)
+
+    def expand_stack(self, ops: Ops) -> Value:
+        """The weights [E, o, i] as a value."""
+        return ops.weight("weight")
 
     def matrix(self, expert: int) -> Tensor:
         """The weight [o, i] of one expert."""

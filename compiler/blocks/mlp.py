@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.unit import Unit
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "tanh"]
 
@@ -53,6 +56,14 @@ class MLP(Unit):
             self.gate = Linear(in_features=width, out_features=hidden, bias=bias, dtype=dtype)
         self.up = Linear(in_features=width, out_features=hidden, bias=bias, dtype=dtype)
         self.down = Linear(in_features=hidden, out_features=width, bias=bias, dtype=dtype)
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        up = ops.inline("up", self.up, x)
+        if self.gated:
+            inner = ops("gate", ops("activate", ops.inline("gate", self.gate, x), form=self.activation), up)
+        else:
+            inner = ops("activate", up, form=self.activation)
+        return ops.inline("down", self.down, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         act = ACTIVATIONS[self.activation]

@@ -5,12 +5,17 @@ Shapes: N = B * T tokens, E experts, k active ones, d width, f hidden.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from effc.compiler.blocks.linear import Linear, StackedLinear
 from effc.compiler.blocks.mlp import ACTIVATIONS, Activation
 from effc.compiler.blocks.unit import Unit
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 
 class Experts(Unit):
@@ -94,6 +99,18 @@ class MoE(Unit):
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights.to(x.dtype), chosen
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        flat = ops("flatten", x)
+        scores = ops.inline("router", self.router, flat)
+        settings = {"active": self.active, "renormalize": self.renormalize}
+        weights, chosen = ops.many("route", scores, flat, **settings)
+        copies = ops("spread", flat, chosen)
+        gate = ops("expert_linear", copies, ops.stacked("experts.gate", self.experts.gate), chosen)
+        up = ops("expert_linear", copies, ops.stacked("experts.up", self.experts.up), chosen)
+        inner = ops("gate", ops("activate", gate, form=self.activation), up)
+        down = ops("expert_linear", inner, ops.stacked("experts.down", self.experts.down), chosen)
+        return ops("shape_like", ops("combine", down, weights), x)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from effc.compiler.blocks.linear import dtype_name
 from effc.compiler.blocks.unit import Unit, empty
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 
 class Norm(Unit):
@@ -45,6 +48,10 @@ class Norm(Unit):
 
     def spec(self) -> dict[str, object]:
         return super().spec() | {"bias": self.bias is not None}
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        bias = ops.weight("bias") if self.bias is not None else None
+        return ops(f"{self.form}_norm", x, ops.weight("weight"), bias, eps=self.eps, offset=self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = cast(Tensor | None, self.bias)

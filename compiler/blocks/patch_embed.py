@@ -5,6 +5,8 @@ Shapes: pixels [B, C, height, width] -> x [B, 1 + N, D] with N = (height / p) (w
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ from effc.compiler.blocks.embedding import Table
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.unit import Unit
 from effc.compiler.step import Step
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 
 class PatchEmbed(Unit):
@@ -48,6 +53,11 @@ class PatchEmbed(Unit):
     def length(self, pixels: Tensor) -> int:
         return 1 + (pixels.shape[2] // self.patch_size) * (pixels.shape[3] // self.patch_size)
 
+    def expand(self, ops: Ops, x: Value) -> Value:
+        y = ops.inline("patch", self.patch, ops("patches", x, size=self.patch_size))
+        y = ops("prepend", y, ops.weight("cls.weight"))
+        return ops("add", y, ops.inline("position", self.position, ops("positions", ops.step)))
+
     def forward(self, pixels: Tensor, step: Step) -> Tensor:
         p = self.patch_size
         batch, channels, height, width = pixels.shape
@@ -55,4 +65,5 @@ class PatchEmbed(Unit):
         flat = tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
         x = self.patch(flat)
         first = self.cls.weight.expand(batch, 1, self.width)
-        return torch.cat((first, x), 1) + self.position(step.positions)
+        out: Tensor = torch.cat((first, x), 1) + self.position(step.positions)
+        return out

@@ -11,7 +11,7 @@ symmetric. One scale for the whole tensor has shape [1, 1]. Bytes: R ceil(i b / 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from effc.compiler.blocks.embedding import Embedding
 from effc.compiler.blocks.unit import DTYPES, Unit, empty, empty_buffer
 from effc.compiler.packing import pack, packed_bytes, unpack
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 WHOLE = 0
@@ -91,6 +94,12 @@ class Packed(nn.Module):
         if bias is not None:
             yield bias, bias.numel()
 
+    def expand_dense(self, ops: Ops) -> Value:
+        """The weights [R, i] float32 as a value."""
+        parts = [ops.weight("packed"), ops.weight("scales")]
+        parts += [ops.weight("zeros")] if self.zeros is not None else []
+        return ops("dequantize", *parts, bits=self.bits, columns=self.in_features)
+
     def _zero(self) -> Tensor | None:
         if self.zeros is None:
             return None
@@ -137,6 +146,10 @@ class QuantLinear(Packed, Unit):
     def flops(self, mean: int) -> int:
         return 2 * self.in_features * self.out_features
 
+    def expand(self, ops: Ops, x: Value) -> Value:
+        weight = ops("cast_like", self.expand_dense(ops), x)
+        return ops("linear", x, weight, ops.weight("bias") if self.bias is not None else None)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.dense().to(x.dtype), cast("Tensor | None", self.bias))
 
@@ -166,6 +179,10 @@ class QuantStackedLinear(Packed, Unit):
         self.scale_dtype = scale_dtype
         self.dtype = dtype
         self._store(experts * out_features)
+
+    def expand_stack(self, ops: Ops) -> Value:
+        """The weights [E, o, i] as a value."""
+        return ops("stack", self.expand_dense(ops), experts=self.experts)
 
     def matrix(self, expert: int) -> Tensor:
         """The weight [o, i] of one expert, float32."""
@@ -223,6 +240,9 @@ class QuantEmbedding(Packed, Embedding):
     @property
     def dtype(self) -> str:
         return self._dtype
+
+    def expand_lookup(self, ops: Ops, ids: Value) -> Value:
+        return ops("cast_to", ops("embed", ids, self.expand_dense(ops)), dtype=self._dtype)
 
     def lookup(self, ids: Tensor) -> Tensor:
         return self.dense(ids.flatten()).to(DTYPES[self._dtype]).view(*ids.shape, self.width)

@@ -7,12 +7,15 @@ import math
 import types
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from effc.compiler.cost import Cost
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 REGISTRY: dict[str, type[Unit]] = {}
 """Unit types by name: the only classes a graph in JSON may name."""
@@ -118,6 +121,10 @@ class Unit(nn.Module):
                 kv += unit.kv_bytes()
         stored = sum(t.numel() * t.element_size() for t, _ in seen.values())
         return Cost(sum(n for _, n in seen.values()), stored, flops, kv)
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        """The same function in ops (compiler/ops.py); a test holds it equal to `forward`."""
+        raise TypeError(f"{type(self).__name__} has no expansion into ops")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """As torch's; a block that keeps its dtype as a word keeps it true after `.to(dtype)`."""
