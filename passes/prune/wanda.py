@@ -14,7 +14,7 @@ from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Calibrate, Statistic
-from effc.passes._dense import finite, inputs_of, matrix, some
+from effc.passes._dense import finite, inputs_of, matrix, owner_of, some
 from effc.passes.prune._pattern import lowest, share_of
 from effc.passes.prune._sparse import SPARSE, Sparse, zero
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -91,7 +91,11 @@ class Wanda(Sparse, Calibrate):
         self, rw: Rewriter, paths: Sequence[str], seen: Mapping[str, Statistic]
     ) -> Mapping[str, float]:
         targets = self.targets(rw.model)
-        return {path: zero(rw, path, targets[path].mask(self._scores(rw, path, seen))) for path in paths}
+        errors = {}
+        for path in paths:
+            if owner_of(rw.model, path) not in rw.written:  # a tied weight is pruned where it comes first
+                errors[path] = zero(rw, path, targets[path].mask(self._scores(rw, path, seen)))
+        return errors
 
     def mask(self, scores: Tensor) -> Tensor:
         """scores [R, i] -> True where a weight goes."""

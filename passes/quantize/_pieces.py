@@ -16,8 +16,9 @@ from effc.compiler.blocks.linear import StackedLinear
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Statistic
 from effc.passes._dense import finite, matrix
+from effc.passes._moment import Moment
 from effc.passes.quantize._grid import decode, fit
-from effc.passes.quantize._solve import Hessian, factor, output_error, solve
+from effc.passes.quantize._solve import factor, output_error, solve
 from effc.passes.quantize._uniform import nearest
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -32,7 +33,7 @@ class Piece:
     path: str
     method: GPTQ
     w: Tensor
-    hessian: Hessian | None
+    moment: Moment | None
     """None where no input was seen."""
     rounded: tuple[Tensor, Tensor, Tensor] = ()  # type: ignore[assignment]
     """q, scale, zero"""
@@ -56,18 +57,18 @@ def pieces_of(rw: Rewriter, path: str, method: GPTQ, seen: Mapping[str, Statisti
     w = matrix(module)
     finite(path, w)
     if not isinstance(module, StackedLinear):
-        yield Piece(path, method, w.float(), _hessian(seen.get(path)))
+        yield Piece(path, method, w.float(), _moment(seen.get(path)))
         return
     for expert, rows in enumerate(w.float().chunk(module.experts)):
-        yield Piece(path, method, rows, _hessian(seen.get(f"{path}[{expert}]")))
+        yield Piece(path, method, rows, _moment(seen.get(f"{path}[{expert}]")))
 
 
 def grouped(pieces: Sequence[Piece]) -> list[list[Piece]]:
     """Pieces that read one input and go onto one kind of grid."""
     groups: dict[tuple[Any, ...], list[Piece]] = {}
     for number, piece in enumerate(pieces):
-        alone = piece.hessian is None
-        groups.setdefault((number if alone else id(piece.hessian), alone, *piece.grid), []).append(piece)
+        alone = piece.moment is None
+        groups.setdefault((number if alone else id(piece.moment), alone, *piece.grid), []).append(piece)
     return list(groups.values())
 
 
@@ -80,13 +81,13 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
     first = pieces[0]
     method = first.method
     symmetric = method.scheme == "symmetric"
-    if first.hessian is None:
+    if first.moment is None:
         q, scale, zero, first.error = nearest(
             first.w, method.bits, first.w.shape[1] // first.group, symmetric, method.store, fit
         )
         first.rounded = (q, scale, zero)
         return
-    h = first.hessian.mean()
+    h = 2 * first.moment.mean()
     w = torch.cat([piece.w for piece in pieces])
     dead = h.diagonal() == 0
     fixed = h + torch.diag(dead.float())
@@ -97,7 +98,7 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
             Diagnostic(
                 "E422",
                 f"`{kind}` cannot invert the inputs' statistics of {first.path}",
-                notes=(f"tried {method.damp:g} to 0.1 of the mean of the diagonal; {first.hessian.rows} inputs seen",),
+                notes=(f"tried {method.damp:g} to 0.1 of the mean of the diagonal; {first.moment.rows} inputs seen",),
                 help="use more samples, or leave the module out with `except`",
             )
         )
@@ -112,5 +113,5 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
         piece.rounded = (codes.to(torch.int8), s, z)
 
 
-def _hessian(statistic: Statistic | None) -> Hessian | None:
-    return statistic if isinstance(statistic, Hessian) and statistic.rows else None
+def _moment(statistic: Statistic | None) -> Moment | None:
+    return statistic if isinstance(statistic, Moment) and statistic.rows else None

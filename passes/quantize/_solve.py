@@ -12,26 +12,6 @@ from torch import Tensor
 from effc.passes.quantize._grid import decode, encode, fit
 
 
-class Hessian:
-    """H = 2/N sum x x^T of all inputs x seen, float32."""
-
-    def __init__(self, inputs: int) -> None:
-        self.total = torch.zeros(inputs, inputs)
-        self.rows = 0
-
-    def add(self, x: Tensor) -> None:
-        """x [N, i]"""
-        wide = x.float()
-        self.total.addmm_(wide.T, wide)
-        self.rows += x.shape[0]
-
-    def state(self) -> dict[str, Tensor]:
-        return {"total": self.total, "rows": torch.tensor(self.rows)}
-
-    def mean(self) -> Tensor:
-        return self.total * (2 / max(1, self.rows))
-
-
 def factor(h: Tensor, damp: float) -> tuple[Tensor, float] | None:
     """U of inv(H + d mean(diag H) I), and the d that worked: `damp`, or ten times more up to 0.1; else None.
 

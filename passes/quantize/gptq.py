@@ -18,8 +18,8 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Calibrate, Statistic
 from effc.passes._dense import inputs_of, matrix
+from effc.passes._moment import Moment
 from effc.passes.quantize._pieces import Piece, grouped, pieces_of, round_together
-from effc.passes.quantize._solve import Hessian
 from effc.passes.quantize._uniform import Uniform, packed_unit, place
 from effc.specs.paper import Paper
 from effc.specs.units import Share, Unit
@@ -69,7 +69,7 @@ class GPTQ(Uniform, Calibrate):
         return [p for p in paths if not isinstance(rw.module(p), Embedding | Packed)]
 
     def start(self, rw: Rewriter, path: str) -> Statistic:
-        return Hessian(inputs_of(rw.module(path)))
+        return Moment(inputs_of(rw.module(path)))
 
     def rewrite_layer(
         self, rw: Rewriter, paths: Sequence[str], seen: Mapping[str, Statistic]
