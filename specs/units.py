@@ -20,6 +20,23 @@ class Unit:
     dimension: str
 
 
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """A number that runs over the layers in a straight line, written `depth(0.3, 0.7)`.
+
+    A field that allows it says so in its type: `keep: Share | Gradient`.
+    """
+
+    first: float
+    last: float
+
+    def at(self, layer: int | None, layers: int) -> float:
+        """The number in one layer; the mean of both ends outside the layers."""
+        if layer is None:
+            return (self.first + self.last) / 2
+        return self.first + (self.last - self.first) * (layer / (layers - 1) if layers > 1 else 0.0)
+
+
 Share = Annotated[float, Unit("share"), Ge(0), Le(1)]
 """0..1, written 75% or 0.75."""
 Bytes = Annotated[int, Unit("bytes"), Ge(0)]
