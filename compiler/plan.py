@@ -19,6 +19,7 @@ from effc.compiler.method import Method, Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selected import selector_report
+from effc.compiler.shapes import Train
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
 from effc.specs.recipe import Binding, Call, Export, Recipe
 from effc.specs.target import Target
@@ -201,7 +202,7 @@ def _costed(
         cost,
         peak_of(work, target),
         cost.bytes,
-        seconds_of(work, target) + cost.bytes / target.disk_write,
+        seconds_of(staged.method, source, work, target) + cost.bytes / target.disk_write,
         promise(staged.method.contract),
         selector_report(staged.method, source),
     )
@@ -212,9 +213,14 @@ def peak_of(work: Work, target: Target) -> int:
     return target.base_bytes + work.memory
 
 
-def seconds_of(work: Work, target: Target) -> float:
+def seconds_of(method: Method, model: Model, work: Work, target: Target) -> float:
     """Estimated time of the stage's own work."""
-    return work.flops / target.rate("float32") + work.solve / target.solve + work.disk / target.disk_read
+    training = isinstance(method, Train)
+    stored = next((str(t.dtype)[6:] for t in model.tensors().values() if t.is_floating_point()), "float32")
+    precision = {"fp32": "float32", "bf16": "bfloat16"}.get(getattr(method, "precision", "auto"))
+    dtype = (precision or target.training_dtype) if training else stored
+    rate = target.rate(dtype, int(model.config.get("hidden_size", 0)), training)
+    return work.flops / rate + work.solve / target.solve + work.disk / target.disk_read
 
 
 def promise(contract: Contract) -> dict[str, Any]:

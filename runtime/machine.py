@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import torch
 
 GIB = 1 << 30
-_GEMM, _COPY_BYTES, _FILE_BYTES = 1024, 256 << 20, 64 << 20
+_HALF_AND_WHOLE = ("float32", "bfloat16")
+_GEMM, _SOLVED, _COPY_BYTES, _FILE_BYTES = 1024, 384, 256 << 20, 64 << 20
 
 
 def this_machine(device: str = "cpu") -> Target:
@@ -66,6 +67,8 @@ def estimate(device: str = "cpu") -> Target:
         cores=n,
         memory_bytes=memory_bytes(),
         gemm={"float32": n * per_core, "bfloat16": n * per_core * half, "float64": n * per_core / 2},
+        forward={"float32": n * per_core / 3, "bfloat16": n * per_core * half**0.5 / 3},
+        train={"float32": n * per_core / 3, "bfloat16": n * per_core * half**0.5 / 3},
         solve=n * per_core / 6,
         bandwidth=6e9 * n,
         disk_read=8e8,
@@ -76,8 +79,10 @@ def estimate(device: str = "cpu") -> Target:
 
 
 def calibrate(device: str = "cpu") -> Target:
-    """Measure for about five seconds and write the description into the user's cache."""
+    """Measure for about ten seconds and write the description into the user's cache."""
     import torch
+
+    from effc.runtime.throughput import forward_rate, training_rate
 
     place = torch.device(device)
     gemm = {
@@ -93,6 +98,8 @@ def calibrate(device: str = "cpu") -> Target:
         cores=cores(),
         memory_bytes=memory,
         gemm=gemm,
+        forward={d: _rounded(forward_rate(getattr(torch, d), place)) for d in _HALF_AND_WHOLE},
+        train={d: _rounded(training_rate(getattr(torch, d), place)) for d in _HALF_AND_WHOLE},
         solve=_solve_rate(place),
         bandwidth=_bandwidth(place),
         disk_read=read,
@@ -143,7 +150,11 @@ def _median_rate(amount: float, work: Callable[[], object], place: torch.device,
             torch.cuda.synchronize()
         if i >= 2:
             seconds.append(time.perf_counter() - start)
-    return float(f"{amount / statistics.median(seconds):.3g}")
+    return _rounded(amount / statistics.median(seconds))
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 def _gemm_rate(dtype: torch.dtype, place: torch.device) -> float:
@@ -158,7 +169,7 @@ def _solve_rate(place: torch.device) -> float:
     """Cholesky and inverse of a symmetric matrix: n^3 flops together."""
     import torch
 
-    n = 768
+    n = _SOLVED
     spd = torch.eye(n, device=place) * 2 + torch.ones(n, n, device=place) / n
     return _median_rate(float(n**3), lambda: torch.cholesky_inverse(torch.linalg.cholesky(spd)), place)
 
@@ -180,7 +191,7 @@ def _overhead(place: torch.device) -> float:
         for _ in range(1000):
             torch.add(small, 1.0)
 
-    return float(f"{1 / _median_rate(1000, thousand, place):.3g}")
+    return _rounded(1 / _median_rate(1000, thousand, place))
 
 
 def _disk_rates(folder: Path) -> tuple[float, float]:
@@ -196,7 +207,7 @@ def _disk_rates(folder: Path) -> tuple[float, float]:
         written = time.perf_counter()
         path.read_bytes()
         read = time.perf_counter()
-    return float(f"{_FILE_BYTES / (read - written):.3g}"), float(f"{_FILE_BYTES / (written - start):.3g}")
+    return _rounded(_FILE_BYTES / (read - written)), _rounded(_FILE_BYTES / (written - start))
 
 
 def _idle_bytes() -> int:

@@ -16,10 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 TARGETS = Path(__file__).parent / "targets"
+NARROW = 256
+"""Width of the transformer layer whose rates are given beside those of large matrices."""
 
 
 class Target(BaseModel):
-    """What the planner divides by: a stage takes flops / rate + bytes / bandwidth + operations * overhead."""
+    """What the planner divides by. Rates of narrow models lie far below those of large matrices."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,6 +32,10 @@ class Target(BaseModel):
     memory_bytes: int = Field(gt=0, description="memory in which stages run: host RAM, or that of one GPU")
     disk_bytes: int | None = Field(None, ge=0, description="space for the store; None: ask the file system")
     gemm: Mapping[str, float] = Field(description="dtype -> flops a second, large matrices")
+    forward: Mapping[str, float] = Field(
+        description="dtype -> flops a second, forward pass of a narrow layer"
+    )
+    train: Mapping[str, float] = Field(description="dtype -> the same, forward and backward together")
     solve: float = Field(gt=0, description="flops a second in factorizations, which run slower")
     bandwidth: float = Field(gt=0, description="bytes a second, streaming through memory")
     disk_read: float = Field(gt=0, description="bytes a second")
@@ -38,13 +44,19 @@ class Target(BaseModel):
     base_bytes: int = Field(0, ge=0, description="resident memory of an idle process that has imported torch")
     calibrated: bool = False
 
-    def rate(self, dtype: str) -> float:
-        """Floating-point operations a second in `dtype`; float32's where it was not measured."""
-        return self.gemm.get(dtype, self.gemm["float32"])
+    def rate(self, dtype: str, width: int, training: bool = False) -> float:
+        """Flops a second of a model `width` wide; float32's where `dtype` was not measured.
 
-    def seconds(self, flops: float, moved: float = 0.0, operations: int = 0, dtype: str = "float32") -> float:
-        """Estimated time to compute `flops`, move `moved` bytes and start `operations` kernels."""
-        return flops / self.rate(dtype) + moved / self.bandwidth + operations * self.overhead
+        Time per flop falls from the narrow layer's to that of large matrices as NARROW / width.
+        """
+        narrow = self.train if training else self.forward
+        slow, fast = (1 / rates.get(dtype, rates["float32"]) for rates in (narrow, self.gemm))
+        return 1 / (fast + max(0.0, slow - fast) * NARROW / max(width, NARROW))
+
+    @property
+    def training_dtype(self) -> str:
+        """bfloat16 where it is clearly faster, as the training loop decides."""
+        return "bfloat16" if self.gemm.get("bfloat16", 0) > 1.5 * self.gemm["float32"] else "float32"
 
 
 def read_target(path: Path) -> Target:
@@ -54,9 +66,13 @@ def read_target(path: Path) -> Target:
     """
     try:
         fields: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if isinstance(fields, dict) and "float32" in (fields.get("gemm") or {}):
-            return Target.model_validate(fields)
-        found = "no rate for float32 under `gemm`"
+        if not isinstance(fields, dict):
+            fields = {}
+        target = Target.model_validate(fields)
+        bare = [key for key in ("gemm", "forward", "train") if "float32" not in getattr(target, key)]
+        if not bare:
+            return target
+        found = f"no rate for float32 under `{bare[0]}`"
     except ValidationError as problem:
         found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in problem.errors()[:3])
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
