@@ -7,21 +7,23 @@ two layers, their statistics and the states; a killed stage goes on behind the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from effc.compiler.layers import segments
-from effc.compiler.method import Context, Data, Outcome
+from effc.compiler.method import Context, Data, Journal, Outcome
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Calibrate, Observe, Statistic
 from effc.compiler.step import Step
+from effc.compiler.weights import LazyTensor
 from effc.runtime.hidden import Hidden
 from effc.runtime.watch import Snapshot, Watch, owners_below, restore
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -68,9 +70,12 @@ class _Run:
         self.before = _part("before", before, targets)
         self.parts = [_part(f"layer-{i}", layer.nodes, targets) for i, layer in enumerate(self.layers)]
         self.after = _part("after", after, targets)
-        self.data = context.data["data"]
-        self.split = method.data.split or "train"
-        self.batches = _batches(self.data, self.split, method.samples, context.seed)
+        self.batches: list[list[int]] = []
+        if method.data is not None:  # a method may do without, and is streamed all the same
+            self.data = context.data["data"]
+            self.split = method.data.split or "train"
+            self.batches = _batches(self.data, self.split, method.samples, context.seed)
+        self.saved = lru_cache(maxsize=1)(lambda unit: cast(Journal, context.journal).read(unit)[0])
         self.steps: list[Step] = []
         self.hidden = Hidden(context.workdir)
 
@@ -94,13 +99,15 @@ class _Run:
         """Edit part after part; each sees what the edited ones before it produce."""
         errors: dict[str, float] = {}
         if self.before.paths:
-            errors |= self._unit(self.before, {})
+            with self._present(self.before):
+                errors |= self._unit(self.before, {})
         self._enter()
         for index, part in enumerate(self.parts):
             with self._present(part):
                 errors |= self._unit(part, self._watch(part, index))
-                for batch in self.hidden:
-                    self.hidden.put(batch, self._through(index, batch, self.hidden.get(batch)))
+                if index + 1 < len(self.parts) or self.after.paths:
+                    for batch in self.hidden:
+                        self.hidden.put(batch, self._through(index, batch, self.hidden.get(batch)))
             self._tick(index + 1)
         if self.after.paths:
             with self._present(self.after):
@@ -118,7 +125,8 @@ class _Run:
             return restore(self.rw, *journal.read(part.name))
         before = Snapshot(self.rw)
         errors = self._edit(part, seen)
-        journal.save(part.name, *before.changes(self.rw, errors))
+        tensors, data = before.changes(self.rw, errors)
+        journal.save(part.name, tensors, data)
         return errors
 
     def _edit(self, part: Part, seen: Mapping[str, Statistic]) -> dict[str, float]:
@@ -132,7 +140,7 @@ class _Run:
             return {}
         watched = self.method.watch(self.rw, part.paths)
         with Watch(self.method, self.rw, watched) as watch:
-            for batch in self.hidden if watched else ():
+            for batch in self.hidden if watched else []:
                 watch.forget_inputs()
                 self._through(index, batch, self.hidden.get(batch))
         return watch.seen
@@ -141,11 +149,26 @@ class _Run:
     def _present(self, part: Part) -> Iterator[None]:
         """The weights of a part in memory; on leaving, those that were read are given up again."""
         model = self.rw.model
-        names = owners_below(model, part.blocks)
-        read = [name for name in names if model.tensors()[name].is_meta]
+        tensors = model.tensors()
+        read = [name for name in owners_below(model, part.blocks) if tensors[name].is_meta]
         model.materialize(read)
         yield
-        self.rw.model.release(read)
+        if read and self.context.journal is not None:
+            read += self._lazy(part, self.context.journal)
+        model.release(read)
+
+    def _lazy(self, part: Part, journal: Journal) -> list[str]:
+        """From now on read what was made here from the journal: a model larger than memory stays on disk."""
+        if not part.paths or not journal.done(part.name):
+            return []
+        weights, tensors = self.rw.model.weights, self.rw.model.tensors()
+        names = [name for name in owners_below(self.rw.model, part.blocks) if name not in weights]
+        for name in names:
+            weights[name] = LazyTensor(tuple(tensors[name].shape), tensors[name].dtype, self._reader(part, name))
+        return names
+
+    def _reader(self, part: Part, name: str) -> Callable[[], Tensor]:
+        return lambda: self.saved(part.name)[name]
 
     # -- running
 

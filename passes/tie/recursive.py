@@ -1,0 +1,240 @@
+"""Run the same layers several times: share weights between layers, with a low-rank difference for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from effc.compiler.blocks.linear import Linear, StackedLinear
+from effc.compiler.blocks.lora_linear import LoraLinear
+from effc.compiler.blocks.norm import Norm
+from effc.compiler.contract import HEALED, Contract, Fact
+from effc.compiler.method import Work
+from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
+from effc.compiler.shapes import Rewrite
+from effc.passes._dense import matrix, some
+from effc.specs.diagnostic import Diagnostic
+from effc.specs.paper import Paper
+from effc.specs.units import Count
+
+
+class Recursive(Rewrite):
+    """Keep K = L / loops layers of weights and run each `loops` times, in every loop plus a low-rank difference.
+
+    Layer l uses slot l mod K (`share = cycle`) or floor(l / loops) (`sequence`); `middle_*` leaves the first and
+    the last layer alone. A slot starts as `average` of its layers, as evenly spaced layers (`stepwise`), or as the
+    first or last K layers (`lower`, `upper`). With `lora_rank` r > 0, W_l - W_slot = U S V^T gives B = U_r S_r and
+    A = V_r^T (`lora_init = svd`), so W_l = W_slot + BA up to the singular values behind r. Biases and norm
+    gains stay per layer, unless `tie_norms`.
+
+    Use when: memory or download size matters more than compute, and a training stage follows.
+    Costs:    FLOPs and the key-value cache stay as they are; quality falls until the model is healed by distillation.
+    """
+
+    paper = Paper(
+        "Relaxed Recursive Transformers: Effective Parameter Sharing with Layer-wise LoRA",
+        arxiv="2410.20672",
+        year=2024,
+        section="2",
+    )
+    contract = Contract(HEALED, needs=(Fact("dense", "model"),), gives=(Fact("tied", "model"),))
+    examples = (
+        "tie.recursive(loops = 2)",
+        "tie.recursive(loops = 2, share = middle_cycle, init = stepwise, lora_rank = 4)",
+        "tie.recursive(loops = 2, share = sequence, init = lower, lora_rank = 2, tie_norms = true)",
+    )
+
+    loops: Count = Field(2, ge=2, description="how often each kept layer runs")
+    share: Literal["cycle", "sequence", "middle_cycle", "middle_sequence"] = Field(
+        "cycle", description="which layers share: every K-th, or neighbors; `middle_`: not the first and last"
+    )
+    init: Literal["average", "stepwise", "lower", "upper"] = Field(
+        "average", description="what the shared weights start as"
+    )
+    lora_rank: Count = Field(0, description="rank of each layer's own difference; 0: none, the layers are equal")
+    lora_init: Literal["svd", "zero"] = Field("svd", description="whether differences start at the best fit or at zero")
+    tie_norms: bool = Field(False, description="share norm gains as well")
+
+    def slots(self, layers: int) -> list[list[int]]:
+        """The layers that share, slot by slot."""
+        inner = self._inner(layers)
+        kept = len(inner) // self.loops
+        if self.share.endswith("sequence"):
+            return [inner[i * self.loops : (i + 1) * self.loops] for i in range(kept)]
+        return [inner[i::kept] for i in range(kept)]
+
+    def sources(self, layers: int) -> list[list[int]]:
+        """The layers whose mean each slot starts as."""
+        inner, slots = self._inner(layers), self.slots(layers)
+        kept = len(slots)
+        if self.init == "average":
+            return slots
+        if self.init == "lower":
+            return [[layer] for layer in inner[:kept]]
+        if self.init == "upper":
+            return [[layer] for layer in inner[-kept:]]
+        step = (len(inner) - 1) / max(1, kept - 1)
+        return [[inner[round(i * step)]] for i in range(kept)]
+
+    def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
+        layers = model.layers
+        inner = len(self._inner(layers))
+        if inner < 2:
+            return [Diagnostic("E330", f"`{self.kind}` needs layers to share, and this model has {layers}")]
+        if inner % self.loops:
+            fits = [n for n in range(2, inner + 1) if inner % n == 0]
+            which = "inner layers" if self.share.startswith("middle") else "layers"
+            return [
+                Diagnostic(
+                    "E331",
+                    f"{inner} {which} do not divide into {self.loops} loops",
+                    help=f"use loops in {{{', '.join(map(str, fits))}}}",
+                )
+            ]
+        return [*self._unlike(model), *self._shared(model), *self._wrong_ranks(model)]
+
+    def _unlike(self, model: Model) -> list[Diagnostic]:
+        """Layers must hold the same modules."""
+        first, *rest = self._inner(model.layers)
+        wanted = {tail: _form(model, first, tail) for tail in _tails(model, first)}
+        for layer in rest:
+            tails = _tails(model, layer)
+            odd = next((t for t in [*wanted, *tails] if t not in tails or _form(model, layer, t) != wanted.get(t)), None)
+            if odd is not None:
+                note = f"they differ in {odd}"
+                return [Diagnostic("E332", f"layers {first} and {layer} cannot share weights", notes=(note,))]
+        return []
+
+    def _shared(self, model: Model) -> list[Diagnostic]:
+        tied = [alias for alias in model.ties() if alias.startswith("layers.")]
+        if not tied:
+            return []
+        return [
+            Diagnostic(
+                "E341",
+                f"`{self.kind}` cannot share layers that share weights already",
+                notes=(f"{some(tied)} is tied",),
+                help="tie once, with the number of loops you want",
+            )
+        ]
+
+    def _wrong_ranks(self, model: Model) -> list[Diagnostic]:
+        if not self.lora_rank:
+            return []
+        first = self._inner(model.layers)[0]
+        units = {tail: model.module(f"layers.{first}.{tail}") for tail in _matrices(model, first)}
+        stacks = [tail for tail, unit in units.items() if isinstance(unit, StackedLinear)]
+        if stacks:
+            note = f"{some(stacks)} in every layer"
+            help_ = "use lora_rank = 0"
+            return [Diagnostic("E320", f"`{self.kind}` has no low-rank difference for experts", (), (note,), help_)]
+        shortest = min((min(matrix(unit).shape), tail) for tail, unit in units.items())
+        if self.lora_rank <= shortest[0]:
+            return []
+        title = f"`lora_rank` {self.lora_rank} is above the shorter side of {shortest[1]}"
+        return [Diagnostic("E340", title, help=f"use a rank of at most {shortest[0]}")]
+
+    def rewrite(self, rw: Rewriter) -> Mapping[str, float]:
+        layers = rw.model.layers
+        errors: dict[str, float] = {}
+        first = self._inner(layers)[0]
+        for tail in _matrices(rw.model, first):
+            means = [_mean(_read(rw, tail, "weight", sources)) for sources in self.sources(layers)]
+            for slot, mean in zip(self.slots(layers), means, strict=True):
+                errors |= self._share(rw, tail, slot, mean)
+        for tail in _norms(rw.model, first) if self.tie_norms else ():
+            self._share_norm(rw, tail)
+        return errors
+
+    def _share(self, rw: Rewriter, tail: str, slot: Sequence[int], shared: Tensor) -> dict[str, float]:
+        """One weight of every layer in a slot becomes the shared one; returns the relative error at each."""
+        own = dict(zip(slot, _read(rw, tail, "weight", slot), strict=True))
+        owner = nn.Parameter(shared, requires_grad=False)
+        errors = {}
+        for layer in slot:
+            path = f"layers.{layer}.{tail}"
+            unit = rw.module(path).blank()
+            unit.weight = owner
+            if getattr(rw.module(path), "bias", None) is not None:
+                unit.bias = rw.module(path).bias
+            gap = own[layer] - shared
+            if self.lora_rank:
+                unit = LoraLinear.over(unit, self.lora_rank, float(self.lora_rank), "rank")
+                gap = self._fit(unit, gap)
+            rw.swap(path, unit, f"shares with layers {', '.join(map(str, slot))}")
+            if not gap.is_meta:
+                norm = float(own[layer].float().norm())
+                errors[path] = float(gap.float().norm()) / norm if norm else 0.0
+        return errors
+
+    def _fit(self, unit: LoraLinear, gap: Tensor) -> Tensor:
+        """Set A and B of a unit to the best fit of `gap` [o, i], or B to zero; returns what is left of the gap."""
+        if gap.is_meta:
+            return gap
+        u, s, vh = torch.linalg.svd(gap.float(), full_matrices=False)
+        b, a = u[:, : self.lora_rank] * s[: self.lora_rank], vh[: self.lora_rank]
+        if self.lora_init == "zero":
+            b = torch.zeros_like(b)
+        unit.a, unit.b = (nn.Parameter(t.to(gap.dtype).contiguous(), requires_grad=False) for t in (a, b))
+        return gap - (unit.b @ unit.a).detach()
+
+    def _share_norm(self, rw: Rewriter, tail: str) -> None:
+        slots, sources = self.slots(rw.model.layers), self.sources(rw.model.layers)
+        names = [name for name, _ in rw.module(f"layers.{slots[0][0]}.{tail}").named_parameters()]
+        means = [{name: _mean(_read(rw, tail, name, layers)) for name in names} for layers in sources]
+        for slot, mean in zip(slots, means, strict=True):
+            for name, tensor in mean.items():
+                rw.write(f"layers.{slot[0]}.{tail}", name, tensor)
+            for layer in slot[1:]:
+                rw.tie(f"layers.{layer}.{tail}", to=f"layers.{slot[0]}.{tail}")
+
+    def _inner(self, layers: int) -> list[int]:
+        """The layers that take part."""
+        return list(range(1, layers - 1) if self.share.startswith("middle") else range(layers))
+
+    def work(self, model: Model, seq: int = 0) -> Work:
+        shapes = [
+            matrix(model.module(f"layers.{layer}.{tail}")).shape
+            for layer in self._inner(model.layers)
+            for tail in _matrices(model, layer)
+        ]
+        solving = sum(14.0 * o * i * min(o, i) for o, i in shapes) if self.lora_rank else 0.0
+        return Work(solve=solving, memory=sum(t.nbytes for t in model.tensors().values()))
+
+
+def _tails(model: Model, layer: int) -> list[str]:
+    """Paths inside a layer, of everything that holds weights."""
+    head = f"layers.{layer}."
+    return [path.removeprefix(head) for path in model.roles if path.startswith(head)]
+
+
+def _matrices(model: Model, layer: int) -> list[str]:
+    return [t for t in _tails(model, layer) if isinstance(model.module(f"layers.{layer}.{t}"), Linear | StackedLinear)]
+
+
+def _norms(model: Model, layer: int) -> list[str]:
+    return [t for t in _tails(model, layer) if isinstance(model.module(f"layers.{layer}.{t}"), Norm)]
+
+
+def _form(model: Model, layer: int, tail: str) -> object:
+    unit = model.module(f"layers.{layer}.{tail}")
+    return unit.spec() if hasattr(unit, "spec") else type(unit)
+
+
+def _read(rw: Rewriter, tail: str, name: str, layers: Sequence[int]) -> list[Tensor]:
+    return [rw.module(f"layers.{layer}.{tail}").get_parameter(name).detach() for layer in layers]
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean, taken in float32; one tensor alone is itself."""
+    if len(tensors) == 1:
+        return tensors[0].clone()
+    total = torch.zeros_like(tensors[0], dtype=torch.float32)
+    for tensor in tensors:
+        total = total + tensor.float()
+    return (total / len(tensors)).to(tensors[0].dtype)
