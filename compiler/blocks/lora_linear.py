@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.quant_linear import QuantLinear
 from effc.compiler.blocks.unit import Unit, empty
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 Scaling = Literal["rank", "sqrt_rank"]
 Base = Linear | QuantLinear
@@ -88,8 +91,13 @@ class LoraLinear(Unit):
         a, b = (t if t.element_size() == 8 else t.float() for t in (self.a, self.b))
         return self.factor * (b @ a)
 
+    def expand(self, ops: Ops, x: Value) -> Value:
+        a, b = (ops("cast_like", ops.weight(name), x) for name in ("a", "b"))
+        low = ops("scale", ops("linear", x, a, None), factor=self.factor)
+        return ops("add", ops.inline("base", self.base, x), ops("linear", low, b, None))
+
     def forward(self, x: Tensor) -> Tensor:
         inner = F.dropout(x, self.dropout, self.training) if self.dropout else x
         low = F.linear(inner, self.a.to(x.dtype))
-        y: Tensor = self.base(x) + self.factor * F.linear(low, self.b.to(x.dtype))
+        y: Tensor = self.base(x) + F.linear(low * low.new_tensor(self.factor), self.b.to(x.dtype))
         return y

@@ -12,6 +12,7 @@ from effc.compiler.blocks import MLP, Attention, Embedding, Linear, LoraLinear, 
 from effc.compiler.graph_json import from_json, to_json
 from effc.compiler.method import Batch, Context
 from effc.compiler.model import Model
+from effc.compiler.op_graph import evaluate, expand
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.sharing import tie
 from effc.passes.adapt.fold import Fold
@@ -203,3 +204,10 @@ def test_adapting_twice_and_folding_nothing_are_refused() -> None:
 def test_a_selector_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(EffcError):
         Lora(data=DATA, steps=1, select=("mlp.upp",)).refuses(made(), ())
+
+
+def test_its_ops_equal_its_forward() -> None:
+    block = stirred(adapted(Lora(data=DATA, steps=1, rank=3), made())).module("layers.0.mlp")
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
+    step = made().step(torch.zeros(2, 5, dtype=torch.int64))
+    assert torch.equal(evaluate(expand(block), block, x, step)[0], block(x))
