@@ -7,20 +7,18 @@ of one token at the planner's mean attention length; `kv_bytes(T)` the cache of 
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from effc.compiler.cost import count
-from effc.compiler.method import Data
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.compiler.step import Cache
-from effc.runtime.evaluate import accuracy, loss
+from effc.runtime.evaluate import accuracy, bits_per_byte, loss
 from effc.runtime.generate import last_logits
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -58,8 +56,7 @@ def measure(
         case "loss":
             return loss(model, _readable(model, data), split or "heldout")
         case "bpb":
-            nats = loss(model, _readable(model, data), split or "heldout")
-            return nats / math.log(2) / cast(Data, data).bytes_per_token
+            return bits_per_byte(model, data, split or "heldout")
         case "acc":
             return accuracy(model, _readable(model, data))
     raise KeyError(metric)
