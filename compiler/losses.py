@@ -9,7 +9,7 @@ the dtype of the logits; the backward pass only scales it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ def weighted(
         chosen = keep.nonzero().squeeze(1)
         rows = rows.index_select(0, chosen)
         others = [a.index_select(0, chosen) for a in others]
-    out = cast(Tensor, _Chunked.apply(rows, tuple(terms), tuple(others)))
+    out: Tensor = _Chunked.apply(rows, tuple(terms), tuple(others))  # type: ignore[no-untyped-call]
     return out[0], list(out[1:].detach().unbind())
 
 

@@ -16,6 +16,7 @@ from effc.compiler.losses import IGNORED, surprise, weighted
 from effc.compiler.method import Data
 from effc.compiler.model import Model
 from effc.compiler.step import Step
+from effc.runtime.data._vocabulary import Ids
 from effc.runtime.data.choices import Question, Questions
 
 TOKENS = 4096
@@ -72,7 +73,7 @@ def likelihoods(model: Model, question: Question) -> Tensor:
     return scores
 
 
-def _padded(rows: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:  # type: ignore[type-arg]
+def _padded(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
     longest = max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     mask = torch.zeros(len(rows), longest, dtype=torch.bool)

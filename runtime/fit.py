@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from effc.compiler.losses import IGNORED
-from effc.compiler.method import Batch, Context, Data, Optimizer, Outcome, Schedule
+from effc.compiler.method import Batch, Context, Data, Outcome, Schedule
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Edit, Rewriter
 from effc.compiler.shapes import Train
@@ -54,6 +54,7 @@ class _Training:
         self.data: Data = context.data["data"]
         self.split = method.data.split or "train"
         self._refuse()
+        self._order: tuple[int, np.ndarray[Any, Any]] = (-1, np.empty(0))
         dtype = working_dtype(method.precision, context.device, context.precision)
         self.student = _copy(rw.model, dtype, context.device)
         models = {name: _copy(m, dtype, context.device) for name, m in context.models.items()}
@@ -61,7 +62,7 @@ class _Training:
         self.moving = self._moving()
         optimizer = method.optimizer or AdamW()
         self.schedule: Schedule = method.schedule or Cosine()
-        self.optimizer = cast(Optimizer, optimizer).build(list(self.moving.masters.items()))
+        self.optimizer = optimizer.build(list(self.moving.masters.items()))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.curve = Curve(method.steps)
 
@@ -131,7 +132,7 @@ class _Training:
     def _row(self, number: int) -> int:
         """The sequence that is seen as the `number`th; every pass over the data has its own order."""
         epoch, place = divmod(number, self.data.size(self.split))
-        if not hasattr(self, "_order") or self._order[0] != epoch:
+        if self._order[0] != epoch:
             random = np.random.Generator(np.random.Philox(_number(self.context.seed, 0, epoch)))
             self._order = (epoch, random.permutation(self.data.size(self.split)))
         return int(self._order[1][place])

@@ -1,6 +1,6 @@
 """Distances between the next-token distributions of teacher and student, row by row.
 
-Shapes: z_S, z_T [n, V] float32 logits -> [n] nats. With temperature t, p = softmax(z_T / t), q = softmax(z_S / t).
+Shapes: z_S, z_T [n, V] float32 logits -> [n] nats. p = softmax(z_T / t), q = softmax(z_S / t), t temperature.
 Every distance is multiplied by t^2, so that its gradient keeps its size when t changes.
 """
 

@@ -24,8 +24,8 @@ from effc.specs.paper import Paper
 class Logits(Train):
     """Minimize kd t^2 D(p_T, p_S) + ce (-log p_S(next token)), with p = softmax(z / t).
 
-    T is the teacher, S the student. D is KL(p_T || p_S) (forward), KL(p_S || p_T) (reverse), the Jensen-Shannon
-    divergence with weight beta, or the total variation distance; means run over the tokens that carry loss.
+    T is the teacher, S the student. D is KL(p_T || p_S) (forward), KL(p_S || p_T) (reverse), Jensen-Shannon
+    with weight beta, or the total variation distance; means run over the tokens that carry loss.
 
     Use when: a stage took something from a model that is still at hand. Forward covers all the teacher does,
               reverse concentrates on what it does most.
