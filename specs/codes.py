@@ -122,4 +122,10 @@ CODES: Mapping[str, str] = {
     "E551": "The tool that an export is meant for does not load or run it.",
     "E552": "The tool that an export is meant for computes something else than effc.",
     "E553": "The export format cannot express a part of the model.",
+    "E601": "There is no room to write a file.",
+    "E602": "A place cannot be written.",
+    "E603": "A stored file does not have the content that its name stands for.",
+    "E604": "The folder given as a store holds something else, or a store of another version.",
+    "E605": "An `expect` does not hold, so nothing is published that it is about.",
+    "E606": "Another process uses the store, so it cannot be cleaned now.",
 }  # fmt: skip

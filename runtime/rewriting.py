@@ -1,0 +1,20 @@
+"""Run a stage that needs nothing but the model."""
+
+from __future__ import annotations
+
+import torch
+
+from effc.compiler.method import Context, Outcome
+from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
+from effc.compiler.shapes import Rewrite
+
+
+def rewrite(method: Rewrite, model: Model, context: Context) -> Outcome:
+    """Edit a clone; `model` is not changed."""
+    rw = Rewriter(model, method.kind)
+    rw.model.materialize()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        errors = method.rewrite(rw)
+    return Outcome(rw.done(), tuple(rw.log), {"errors": dict(errors)} if errors else {})
