@@ -63,7 +63,7 @@ LOSSY = Fidelity("LOSSY")
 """Another function, used as it is: the error is measured and reported, without a bound."""
 
 HEALED = Fidelity("HEALED")
-"""Another function, meant to be trained afterwards; loss before, right after and after healing are reported."""
+"""Another function, meant to be trained afterwards; the loss before, after and healed is reported."""
 
 TRAIN = Fidelity("TRAIN")
 """A training stage: the function moves because it is meant to."""

@@ -1,4 +1,4 @@
-"""Selects: the recipe words `select`, `except` and `rules`, for methods that touch some modules of a model."""
+"""Selects: the recipe words `select`, `except` and `rules`, for methods that touch some modules."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ class Selects(Spec):
             return type(self).model_validate({**fields, **given})
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            title = f"a rule of `{self.kind}` sets `{first['loc'][0] if first['loc'] else path}` to a wrong value"
+            title = (
+                f"a rule of `{self.kind}` sets `{first['loc'][0] if first['loc'] else path}` to a wrong value"
+            )
             note = f"at {path}: {first['msg'].lower()}"
             raise EffcError(Diagnostic("E212", title, notes=(note,))) from error

@@ -13,6 +13,7 @@ from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.model import Model
 from effc.specs.diagnostic import Diagnostic, EffcError
 
+
 def inputs_of(module: nn.Module) -> int:
     """The length of a weight row: in_features of a linear, width of a table; 0 for anything else."""
     return int(getattr(module, "in_features", 0) or getattr(module, "width", 0))
@@ -27,7 +28,11 @@ def not_dense(kind: str, verb: str, model: Model, paths: Iterable[str]) -> Itera
     """A diagnostic for selected modules that are packed, and one for those that are dense in no other way."""
     modules = {path: model.module(path) for path in paths}
     packed = [p for p, m in modules.items() if isinstance(m, Packed)]
-    other = [p for p, m in modules.items() if not isinstance(m, Packed | Linear | StackedLinear | Embedding | nn.Linear)]
+    other = [
+        p
+        for p, m in modules.items()
+        if not isinstance(m, Packed | Linear | StackedLinear | Embedding | nn.Linear)
+    ]
     if packed:
         yield Diagnostic(
             "E322",

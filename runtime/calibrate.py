@@ -1,8 +1,9 @@
 """Calibrate: run a stage that needs activations, streamed layer by layer.
 
-The hidden states of all sequences are carried forward. A layer's weights are read, its watched modules see their
-inputs, the method edits it, the states run through the *edited* layer, and it is saved and given up. The peak is
-two layers, their statistics and the states; a killed stage goes on behind the last layer that was saved.
+The hidden states of all sequences are carried forward. A layer's weights are read, its watched modules see
+their inputs, the method edits it, the states run through the *edited* layer, and it is saved and given up.
+The peak is two layers, their statistics and the states; a killed stage goes on behind the last layer that was
+saved.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class _Run:
         self.method, self.context = method, context
         self.rw = Rewriter(model, method.kind)
         before, self.layers, after = segments(self.rw.model.gm.graph)
-        targets = list(method.targets(model)) if isinstance(method, Selects) else []
+        targets: list[str] = list(method.targets(model)) if isinstance(method, Selects) else []
         self.before = _part("before", before, targets)
         self.parts = [_part(f"layer-{i}", layer.nodes, targets) for i, layer in enumerate(self.layers)]
         self.after = _part("after", after, targets)
@@ -164,7 +165,9 @@ class _Run:
         weights, tensors = self.rw.model.weights, self.rw.model.tensors()
         names = [name for name in owners_below(self.rw.model, part.blocks) if name not in weights]
         for name in names:
-            weights[name] = LazyTensor(tuple(tensors[name].shape), tensors[name].dtype, self._reader(part, name))
+            weights[name] = LazyTensor(
+                tuple(tensors[name].shape), tensors[name].dtype, self._reader(part, name)
+            )
         return names
 
     def _reader(self, part: Part, name: str) -> Callable[[], Tensor]:
@@ -182,7 +185,7 @@ class _Run:
                 given = {"ids": batch.ids, "step": batch.step}
                 env = {n: given[str(n.target)] for n in self.before.nodes if n.op == "placeholder"}
                 self._run(self.before.nodes, env)
-                self.hidden.put(number, env[cast(fx.Node, entry)])
+                self.hidden.put(number, cast(Tensor, env[cast(fx.Node, entry)]))
 
     def _through(self, index: int | None, batch: int, x: Tensor) -> Tensor:
         """The states x [B, T, D] of a batch through one layer (None: through what lies behind the layers)."""

@@ -1,4 +1,4 @@
-"""Watch the inputs of modules while a part of a model runs; record what an edit changed, and make it again."""
+"""Watch the inputs of modules while a part of a model runs; record an edit, and make it again."""
 
 from __future__ import annotations
 
@@ -114,6 +114,9 @@ def owners_below(model: Model, blocks: Sequence[str]) -> list[str]:
     found = []
     for block in blocks:
         module = model.module(block)
-        inner = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+        inner = (
+            *module.named_parameters(remove_duplicate=False),
+            *module.named_buffers(remove_duplicate=False),
+        )
         found += [ties.get(f"{block}.{name}", f"{block}.{name}") for name, _ in inner]
     return list(dict.fromkeys(found))

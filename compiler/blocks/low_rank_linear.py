@@ -5,13 +5,16 @@ Shapes: x [..., i], A [r, i], B [o, r], r <= min(o, i); W = B A.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effc.compiler.blocks.linear import dtype_name
 from effc.compiler.blocks.unit import Unit, empty
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
 
 
 class LowRankLinear(Unit):
@@ -46,6 +49,10 @@ class LowRankLinear(Unit):
     def dense(self) -> Tensor:
         """B A [o, i] float32"""
         return self.b.float() @ self.a.float()
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        bias = ops.weight("bias") if self.bias is not None else None
+        return ops("linear", ops("linear", x, ops.weight("a")), ops.weight("b"), bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.a), self.b, cast("Tensor | None", self.bias))

@@ -1,11 +1,12 @@
 """Units whose weights are packed integers: QuantLinear, QuantStackedLinear, QuantEmbedding.
 
-Shapes: W [R, i], R rows (out features, experts times out features, or vocabulary), i inputs, G groups of g inputs a row.
-A weight is w = scale (q - zero), with q and zero signed integers of b bits.
+Shapes: W [R, i], R rows (out features, experts times out features, or vocabulary), i inputs, G groups of g
+inputs a row. A weight is w = scale (q - zero), with q and zero signed integers of b bits.
 
 Stored: packed [R, ceil(i b / 8)] uint8 holds q + 2^(b-1) as a little-endian bit stream (compiler/packing.py);
 scales [R, G] half precision; zeros [ceil(R G b / 8)] uint8, packed the same way over all rows, absent when
-symmetric. One scale for the whole tensor has shape [1, 1]. Bytes: R ceil(i b / 8) + 2 R G (+ ceil(R G b / 8)).
+symmetric. One scale for the whole tensor has shape [1, 1]. Bytes: R ceil(i b / 8) + 2 R G (+ ceil(R G b /
+8)).
 """
 
 from __future__ import annotations
@@ -128,7 +129,7 @@ class QuantLinear(Packed, Unit):
         bias: bool = False,
         dtype: str = "float32",
     ) -> None:
-        """`group` inputs share a scale; 0 means one scale for the whole tensor. `dtype` is that of the bias."""
+        """`group` inputs share a scale; 0: one scale for the whole tensor. `dtype` is that of the bias."""
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features

@@ -26,8 +26,10 @@ class Stack(Rewrite):
     New layer l is a copy of old layer l mod L (`order = stack`: 0, 1, 2, 0, 1, 2) or of floor(l / factor)
     (`order = interleave`: 0, 0, 1, 1, 2, 2). Copies are trained apart: nothing is tied.
 
-    Use when: you want a deeper model for fewer training tokens than from scratch; factors 2 to 4 are near the best.
-    Costs:    the loss rises at once and falls below the shallow model's with training; parameters grow with depth.
+    Use when: you want a deeper model for fewer training tokens than from scratch; factors 2 to 4 are near the
+              best.
+    Costs:    the loss rises at once and falls below the shallow model's with training; parameters grow with
+              depth.
     """
 
     paper = Paper(
@@ -40,7 +42,9 @@ class Stack(Rewrite):
     examples = ("grow.stack(factor = 2)", "grow.stack(factor = 3, order = interleave)")
 
     factor: int = Field(2, ge=2, le=8, description="how many times as deep the model becomes")
-    order: Literal["stack", "interleave"] = Field("stack", description="the whole on top of itself, or layer by layer")
+    order: Literal["stack", "interleave"] = Field(
+        "stack", description="the whole on top of itself, or layer by layer"
+    )
 
     def layout(self, layers: int) -> list[int]:
         """The old layer that each new layer copies."""

@@ -1,6 +1,8 @@
-"""Which weights go: the lowest scores of a row, of a tensor, of all tensors, or of each group n:m, counted exactly.
+"""Which weights go: the lowest scores of a row, of a tensor, of all tensors, or of each group n:m, counted
+exactly.
 
-Shapes: scores [R, i]; the answer is a mask [R, i], True where a weight is set to zero. Of equal scores the first go.
+Shapes: scores [R, i]; the answer is a mask [R, i], True where a weight is set to zero. Of equal scores the
+first go.
 """
 
 from __future__ import annotations
@@ -47,10 +49,11 @@ def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def counts_over_all(tensors: Sequence[Tensor], count: int) -> list[int]:
-    """How many of the lowest scores in each tensor make the `count` lowest of all, none going above 1 - FLOOR.
+    """How many of the lowest scores in each tensor make the `count` lowest of all, none going above 1 -
+    FLOOR.
 
-    Scores are float32 and not negative, so their order is that of their bits: two histograms of 16 bits find the
-    edge without sorting. A tensor at its limit keeps it, and the rest of the count falls on the others.
+    Scores are float32 and not negative, so their order is that of their bits: two histograms of 16 bits find
+    the edge without sorting. A tensor at its limit keeps it, and the rest of the count falls on the others.
     """
     limits = [t.numel() - -(-int(t.numel() * FLOOR * 1e6) // 10**6) for t in tensors]
     limits = [min(limit, t.numel() - 1) for limit, t in zip(limits, tensors, strict=True)]
@@ -69,7 +72,7 @@ def counts_over_all(tensors: Sequence[Tensor], count: int) -> list[int]:
 
 
 def _split(tensors: dict[int, Tensor], count: int) -> dict[int, int]:
-    """How many of the `count` lowest numbers of all lie in each tensor; of equal ones the first tensors give."""
+    """How many of the `count` lowest numbers of all lie in each tensor; of equal ones the first."""
     if count <= 0 or not tensors:
         return dict.fromkeys(tensors, 0)
     bits = {i: t.flatten().view(torch.int32) for i, t in tensors.items()}

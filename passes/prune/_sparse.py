@@ -34,11 +34,17 @@ class Sparse(Selects):
     overrides = ("sparsity", "pattern")
 
     sparsity: Share = Field(0.5, lt=1, description="share of weights set to zero; n:m patterns fix it at 50%")
-    pattern: Pattern = Field("unstructured", description="any weights, or 2 of 4 or 4 of 8 neighboring inputs stay")
+    pattern: Pattern = Field(
+        "unstructured", description="any weights, or 2 of 4 or 4 of 8 neighboring inputs stay"
+    )
 
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
         targets = self.targets(model)
-        return [*self._clashes(targets), *self._unfit(model, targets), *not_dense(self.kind, "prune", model, targets)]
+        return [
+            *self._clashes(targets),
+            *self._unfit(model, targets),
+            *not_dense(self.kind, "prune", model, targets),
+        ]
 
     def mask_in_groups(self, scores: Tensor) -> Tensor:
         """Where the pattern n:m sets scores [R, i] to zero."""
@@ -49,7 +55,7 @@ class Sparse(Selects):
             if method.pattern != "unstructured" and method.sparsity != 0.5:
                 yield Diagnostic(
                     "E325",
-                    f"`sparsity` of `{self.kind}` is {method.sparsity:.0%}, and the pattern {method.pattern} fixes it",
+                    f"the pattern {method.pattern} of `{self.kind}` fixes `sparsity`, now {method.sparsity:.0%}",
                     notes=(f"at {path}",),
                     help="leave `sparsity` out, or use pattern = unstructured",
                 )
@@ -67,7 +73,7 @@ class Sparse(Selects):
             yield Diagnostic(
                 "E324",
                 f"the pattern {pattern} needs in_features divisible by {m}; {some(paths)} has {inputs}",
-                help=f"use pattern = {' or '.join([*fits, 'unstructured'])}, or leave these modules out with `except`",
+                help=f"use pattern = {' or '.join([*fits, 'unstructured'])}, or `except` for these modules",
             )
 
 

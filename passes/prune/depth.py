@@ -22,8 +22,9 @@ from effc.specs.units import Count, Share
 class Depth(Observe):
     """Remove whole layers, those with the least block influence BI_l = 1 - mean cos(x_l, x_{l+1}) first.
 
-    x_l are the hidden states [D] that enter layer l, one for each token of the calibration sequences; the mean
-    runs over tokens. All layers are scored in one pass of the unchanged model. Of equal layers the later goes.
+    x_l are the hidden states [D] that enter layer l, one for each token of the calibration sequences; the
+    mean runs over tokens. All layers are scored in one pass of the unchanged model. Of equal layers the later
+    goes.
 
     Use when: latency or memory must fall with depth and a training stage follows.
     Costs:    one forward pass; quality drops at once and comes back with a few hundred steps of distillation.
@@ -82,4 +83,6 @@ class Depth(Observe):
 
     def work(self, model: Model, seq: int = 0) -> Work:
         hidden = self.samples * seq * model.config.get("hidden_size", 0) * 4
-        return Work(flops=float(self.samples * seq * count(model, seq // 2).flops_per_token), memory=2 * hidden)
+        return Work(
+            flops=float(self.samples * seq * count(model, seq // 2).flops_per_token), memory=2 * hidden
+        )

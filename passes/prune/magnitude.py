@@ -20,7 +20,8 @@ from effc.specs.paper import Paper
 
 
 class Magnitude(Sparse, Rewrite):
-    """Set the k = floor(s N) weights with the least |w| to zero: of each matrix, or of all selected ones at once.
+    """Set the k = floor(s N) weights with the least |w| to zero: of each matrix, or of all selected ones at
+    once.
 
     With `scope = global` one threshold serves all matrices, and each keeps at least 1% of its weights. A tied
     weight is pruned once.
@@ -42,7 +43,9 @@ class Magnitude(Sparse, Rewrite):
         "prune.magnitude(pattern = 2:4)",
     )
 
-    scope: Literal["layer", "global"] = Field("layer", description="where weights compete: in a matrix, or in all")
+    scope: Literal["layer", "global"] = Field(
+        "layer", description="where weights compete: in a matrix, or in all"
+    )
 
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
         found = list(super().refuses(model, others))
@@ -70,7 +73,9 @@ class Magnitude(Sparse, Rewrite):
         """Zeros are stored like other numbers, so nothing about the structure changes."""
 
     def rewrite(self, rw: Rewriter) -> Mapping[str, float]:
-        targets = {owner_of(rw.model, path): (path, m) for path, m in reversed(self.targets(rw.model).items())}
+        targets = {
+            owner_of(rw.model, path): (path, m) for path, m in reversed(self.targets(rw.model).items())
+        }
         chosen = dict(reversed(list(targets.values())))
         for path in chosen:
             finite(path, matrix(rw.module(path)))

@@ -42,13 +42,16 @@ class Squares:
 
 
 class Wanda(Sparse, Calibrate):
-    """Zero, in every output row, the floor(s i) weights with the least S_oj = |W_oj| ||X_j||; no weight moves.
+    """Zero, in every output row, the floor(s i) weights with the least S_oj = |W_oj| ||X_j||; no weight
+    moves.
 
-    ||X_j|| is the norm of input j over the calibration tokens. With a pattern n:m the same scores compete within
-    groups of m neighboring inputs. Layers run in order, each on what the pruned layers before it produce.
+    ||X_j|| is the norm of input j over the calibration tokens. With a pattern n:m the same scores compete
+    within groups of m neighboring inputs. Layers run in order, each on what the pruned layers before it
+    produce.
 
     Use when: you want one-shot sparsity from some hundred sequences, without solving for new weights.
-    Costs:    three passes over the data; zeros are stored until a sparse format follows; quality falls past 50%.
+    Costs:    three passes over the data; zeros are stored until a sparse format follows; quality falls past
+              50%.
     """
 
     paper = Paper(
@@ -130,7 +133,9 @@ class Wanda(Sparse, Calibrate):
         weights = [matrix(model.module(path)) for path in self.targets(model)]
         flops = 2.0 * self.samples * seq * count(model, seq // 2).flops_per_token
         numbers = [w.numel() for w in weights]
-        return Work(flops, 20.0 * sum(numbers), 2 * sum(w.nbytes for w in weights), 12 * max(numbers, default=0))
+        return Work(
+            flops, 20.0 * sum(numbers), 2 * sum(w.nbytes for w in weights), 12 * max(numbers, default=0)
+        )
 
 
 def _norms(statistic: Statistic | None) -> Tensor:

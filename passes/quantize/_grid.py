@@ -1,7 +1,8 @@
 """The uniform integer grid: fit scale and zero point of a group, round onto it, read it back.
 
 Shapes: w [R, G, g], R rows, G groups of g neighboring inputs; scale and zero [R, G].
-Codes are signed: q and zero lie in [-2^(b-1), 2^(b-1) - 1], so that w' = scale (q - zero); symmetric means zero = 0.
+Codes are signed: q and zero lie in [-2^(b-1), 2^(b-1) - 1], so that w' = scale (q - zero); symmetric means
+zero = 0.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ SHRINKS = tuple(1 - k / 20 for k in range(10))
 """Factors on the range that `clip = mse` tries."""
 
 
-def fit(w: Tensor, bits: int, symmetric: bool, store: torch.dtype, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+def fit(
+    w: Tensor, bits: int, symmetric: bool, store: torch.dtype, shrink: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """w [R, G, g] float32 -> scale [R, G] float32, already rounded to `store`, and zero [R, G] float32.
 
-    symmetric: s = max|w| / (2^(b-1) - 1).  asymmetric: s = (max(0, w) - min(0, w)) / (2^b - 1), z = round(-min / s).
-    A group of zeros gets scale 1.
+    symmetric: s = max|w| / (2^(b-1) - 1).  asymmetric: s = (max(0, w) - min(0, w)) / (2^b - 1), z =
+    round(-min / s). A group of zeros gets scale 1.
     """
     half = 1 << (bits - 1)
     if symmetric:

@@ -98,7 +98,9 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
             Diagnostic(
                 "E422",
                 f"`{kind}` cannot invert the inputs' statistics of {first.path}",
-                notes=(f"tried {method.damp:g} to 0.1 of the mean of the diagonal; {first.moment.rows} inputs seen",),
+                notes=(
+                    f"tried {method.damp:g} to 0.1 of the mean of the diagonal; {first.moment.rows} inputs",
+                ),
                 help="use more samples, or leave the module out with `except`",
             )
         )

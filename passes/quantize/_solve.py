@@ -32,13 +32,20 @@ def factor(h: Tensor, damp: float) -> tuple[Tensor, float] | None:
 
 
 def solve(
-    w: Tensor, u: Tensor, bits: int, group: int, symmetric: bool, store: torch.dtype, block: int, order: Tensor | None
+    w: Tensor,
+    u: Tensor,
+    bits: int,
+    group: int,
+    symmetric: bool,
+    store: torch.dtype,
+    block: int,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """w [R, i] float32 -> codes [R, i], scale [R, G], zero [R, G], all float32; `group` inputs share a scale.
 
-    For column j: q_j = round(w_j), e = (w_j - q_j) / U_jj, W[:, j:] -= e U[j, j:]. A group's grid is fitted when its
-    first column is reached. With `order`, a permutation of the columns that U is in too, columns are rounded in
-    that order and every grid is fitted beforehand, so no index is stored.
+    For column j: q_j = round(w_j), e = (w_j - q_j) / U_jj, W[:, j:] -= e U[j, j:]. A group's grid is fitted
+    when its first column is reached. With `order`, a permutation of the columns that U is in too, columns are
+    rounded in that order and every grid is fitted beforehand, so no index is stored.
     """
     rows, inputs = w.shape
     scale, zero = fit(w.view(rows, -1, group), bits, symmetric, store)
@@ -67,7 +74,7 @@ def solve(
 
 
 def aligned(block: int, group: int) -> int:
-    """Columns worked on at once, near `block`, such that a group starts only where all updates have arrived."""
+    """Columns worked on at once, near `block`, so that a group starts where all updates have arrived."""
     if group <= block:
         return group * (block // group)
     return max(d for d in range(1, block + 1) if group % d == 0)

@@ -1,10 +1,10 @@
-"""What all uniform integer quantizers share: fields, refusals, the packed unit that takes a weight's place."""
+"""What all uniform integer quantizers share: fields, refusals, the packed unit in a weight's place."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Literal, cast
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from annotated_types import Gt
@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from effc.compiler.blocks.embedding import Embedding
-from effc.compiler.blocks.linear import Linear, StackedLinear
-from effc.compiler.blocks.quant_linear import WHOLE, Packed, QuantEmbedding, QuantLinear, QuantStackedLinear
-from effc.compiler.blocks.unit import DTYPES
+from effc.compiler.blocks.linear import StackedLinear
+from effc.compiler.blocks.quant_linear import WHOLE, QuantEmbedding, QuantLinear, QuantStackedLinear
+from effc.compiler.blocks.unit import DTYPES, Unit
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
@@ -28,7 +28,7 @@ _SCALES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 class Uniform(Selects):
     """Fields and refusals of a quantizer onto uniform integer grids."""
 
-    overrides = ("bits", "group", "scheme", "scale")
+    overrides: ClassVar[tuple[str, ...]] = ("bits", "group", "scheme", "scale")
 
     group: Annotated[int, Gt(0)] | Literal["channel", "tensor"] = Field(
         "channel", description="inputs that share a scale; `channel`: a row, `tensor`: all weights"
@@ -40,7 +40,8 @@ class Uniform(Selects):
 
     @property
     def store(self) -> torch.dtype:
-        return DTYPES[_SCALES[self.scale]]
+        dtype: torch.dtype = DTYPES[_SCALES[self.scale]]
+        return dtype
 
     def width(self, bits: int, inputs: int) -> dict[str, object]:
         """The grid arguments of a packed unit with this many inputs."""
@@ -72,27 +73,31 @@ class Uniform(Selects):
             )
 
 
+PackedUnit = QuantLinear | QuantStackedLinear | QuantEmbedding
+
 CHUNK = 1 << 22
 """Weights that are rounded at once; bounds the memory beyond the model itself."""
 
 Find = Callable[[Tensor, int, bool, torch.dtype], tuple[Tensor, Tensor]]
 """Fits the grid of groups: `fit` or `fit_least_squares`."""
 
-def packed_unit(module: nn.Module, grid: dict[str, object]) -> QuantLinear | QuantStackedLinear | QuantEmbedding:
-    """An empty packed unit that can take the place of a dense module."""
+
+def packed_unit(module: nn.Module, grid: dict[str, object]) -> PackedUnit:
+    """An empty packed unit that can take the place of a dense module; it keeps children and bias."""
     if isinstance(module, Embedding):
-        spec = {k: v for k, v in module.spec().items() if k != "type"}
-        unit: QuantEmbedding = QuantEmbedding(**cast("dict[str, int]", spec | grid))
+        table = Unit.from_spec(module.spec() | grid | {"type": "QuantEmbedding"})
         for name, child in module.named_children():
-            unit.add_module(name, child)
-        return unit
+            table.add_module(name, child)
+        return cast(QuantEmbedding, table)
     dtype = str(module.get_parameter("weight").dtype).removeprefix("torch.")
     sides = {"in_features": module.in_features, "out_features": module.out_features, "dtype": dtype}
     if isinstance(module, StackedLinear):
-        return QuantStackedLinear(**cast("dict[str, int]", {"experts": module.experts} | sides | grid))
-    linear = QuantLinear(**cast("dict[str, int]", {"bias": module.bias is not None} | sides | grid))
-    linear.bias = module.bias
-    return linear
+        stack = {"type": "QuantStackedLinear", "experts": module.experts}
+        return cast(QuantStackedLinear, Unit.from_spec(stack | sides | grid))
+    bias = cast("nn.Parameter | None", module.bias)
+    linear = Unit.from_spec({"type": "QuantLinear", "bias": bias is not None} | sides | grid)
+    linear.register_parameter("bias", bias)
+    return cast(QuantLinear, linear)
 
 
 def nearest(
@@ -112,7 +117,7 @@ def nearest(
     return q, scale, zero, math.sqrt(squares / total) if total else 0.0
 
 
-def place(rw: Rewriter, path: str, unit: QuantLinear | QuantStackedLinear | QuantEmbedding) -> set[str]:
+def place(rw: Rewriter, path: str, unit: PackedUnit) -> set[str]:
     """Put the packed unit at a path, and units on the same storage wherever the old weight was tied.
 
     Returns every path that was edited.

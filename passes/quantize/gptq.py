@@ -26,15 +26,16 @@ from effc.specs.units import Share, Unit
 
 
 class GPTQ(Uniform, Calibrate):
-    """Choose codes that keep a layer's outputs: with H = 2 E[x x^T] of its inputs and inv(H) = U^T U, for every
-    column j: q_j = round(w_j), e = (w_j - q_j) / U_jj, and W[:, j:] -= e U[j, j:].
+    """Choose codes that keep a layer's outputs: with H = 2 E[x x^T] of its inputs and inv(H) = U^T U, for
+    every column j: q_j = round(w_j), e = (w_j - q_j) / U_jj, and W[:, j:] -= e U[j, j:].
 
-    Layers run in order, each on what the quantized layers before it produce; q, k, v share one H, and so do gate
-    and up. A table that is looked up sees no inputs and is rounded to nearest, as is an expert that no token chose.
+    Layers run in order, each on what the quantized layers before it produce; q, k, v share one H, and so do
+    gate and up. A table that is looked up sees no inputs and is rounded to nearest, as is an expert that no
+    token chose.
 
     Use when: you want 3 or 4 bits from some hundred sequences of data, without training.
-    Costs:    three passes over the data, i^3 for an inverse and R i^2 for the rounding of a weight [R, i]; it fits
-              the calibration data, so take data like those of the task.
+    Costs:    three passes over the data, i^3 for an inverse and R i^2 for the rounding of a weight [R, i]; it
+              fits the calibration data, so take data like those of the task.
     """
 
     paper = Paper(
@@ -75,7 +76,9 @@ class GPTQ(Uniform, Calibrate):
         self, rw: Rewriter, paths: Sequence[str], seen: Mapping[str, Statistic]
     ) -> Mapping[str, float]:
         targets = self.targets(rw.model)
-        here = [p for p in paths if not isinstance(rw.module(p), Packed) and not _awaited(rw, p, targets, paths)]
+        here = [
+            p for p in paths if not isinstance(rw.module(p), Packed) and not _awaited(rw, p, targets, paths)
+        ]
         pieces = [piece for path in here for piece in pieces_of(rw, path, targets[path], seen)]
         for alike in grouped(pieces):
             round_together(self.kind, alike)
@@ -109,7 +112,7 @@ class GPTQ(Uniform, Calibrate):
 
 
 def _awaited(rw: Rewriter, path: str, targets: Mapping[str, GPTQ], paths: Sequence[str]) -> bool:
-    """A table whose numbers a selected head shares: the head sees inputs, so it decides when its turn comes."""
+    """A table whose numbers a selected head shares: the head sees inputs, so it decides later."""
     if not isinstance(rw.module(path), Embedding):
         return False
     ties = rw.model.ties()

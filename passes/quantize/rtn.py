@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -19,14 +19,15 @@ from effc.passes.quantize._uniform import CHUNK, Uniform, nearest, packed_unit, 
 from effc.specs.paper import FOLKLORE
 from effc.specs.units import Unit
 
+
 class RTN(Uniform, Rewrite):
     """Store w as q with w' = s (q - z), the nearest point of a grid that each group of inputs fits to itself.
 
     symmetric:  s = max|w| / (2^(b-1) - 1), z = 0
     asymmetric: s = (max(0, w) - min(0, w)) / (2^b - 1), z = round(-min(0, w) / s)
 
-    Inside the range |w - w'| <= s / 2. `clip = mse` shrinks each range to the one of ten with the least squared
-    error. Stored bits a weight: b + 16 / group, asymmetric b + (16 + b) / group.
+    Inside the range |w - w'| <= s / 2. `clip = mse` shrinks each range to the one of ten with the least
+    squared error. Stored bits a weight: b + 16 / group, asymmetric b + (16 + b) / group.
 
     Use when: you want fewer bytes without data: 8 bits are nearly free, 4 bits in groups are usually fine.
     Costs:    nothing to run; at 3 bits and below the loss rises steeply (see quantize.gptq).
@@ -40,7 +41,7 @@ class RTN(Uniform, Rewrite):
         "quantize.rtn(bits = 3, group = 8, scheme = asymmetric, clip = mse)",
         'quantize.rtn(bits = 4, group = tensor, rules = [{on = "head", bits = 8, group = channel}])',
     )
-    overrides = (*Uniform.overrides, "clip")
+    overrides: ClassVar[tuple[str, ...]] = (*Uniform.overrides, "clip")
 
     bits: Annotated[int, Unit("bits")] = Field(4, ge=2, le=8, description="bits of a code")
     clip: Literal["none", "mse"] = Field("none", description="how the range of a group is chosen")

@@ -33,7 +33,8 @@ class LowRank(Selects, Calibrate):
 
     metric = weight:      W = U S V^T, B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T: least ||W - BA||.
     metric = activation:  C = E[x x^T] = R R^T of the inputs, W R = U S V^T, B = U_r sqrt(S_r),
-                          A = sqrt(S_r) V_r^T R^-1: least mean ||(W - BA) x||^2, which is the sum of the s_k^2, k > r.
+                          A = sqrt(S_r) V_r^T R^-1: least mean ||(W - BA) x||^2, which is the sum of the
+                          s_k^2, k > r.
 
     Use when: weights have quickly falling spectra and a training stage follows.
     Costs:    one decomposition a weight, o i min(o, i); parameters fall only below rank o i / (o + i).
@@ -51,7 +52,9 @@ class LowRank(Selects, Calibrate):
 
     data: DataRef | None = Field(None, description="calibration sequences, for metric = activation")  # type: ignore[assignment]
     rank: Share | Count = Field(0.25, gt=0, description="rank kept: a share of the shorter side, or a number")
-    metric: Literal["weight", "activation"] = Field("weight", description="what the product should stay close in")
+    metric: Literal["weight", "activation"] = Field(
+        "weight", description="what the product should stay close in"
+    )
 
     @model_validator(mode="after")
     def _data_fits_metric(self) -> Self:
@@ -150,7 +153,10 @@ class LowRank(Selects, Calibrate):
                 )
             )
         c = moment.mean().double()
-        return torch.linalg.cholesky(c + torch.eye(c.shape[0], dtype=c.dtype) * (RIDGE * c.diagonal().mean()))
+        root: Tensor = torch.linalg.cholesky(
+            c + torch.eye(c.shape[0], dtype=c.dtype) * (RIDGE * c.diagonal().mean())
+        )
+        return root
 
     def work(self, model: Model, seq: int = 0) -> Work:
         shapes = [matrix(model.module(path)).shape for path in self.targets(model)]
@@ -165,7 +171,7 @@ class LowRank(Selects, Calibrate):
 
 
 def factors(w: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Tensor, float]:
-    """w [o, i] -> B [o, r], A [r, i] and the relative error of weights, or of outputs where `root` is given."""
+    """w [o, i] -> B [o, r], A [r, i] and the relative error: of outputs where `root` is given."""
     seen = w if root is None else w.double() @ root
     u, s, vh = torch.linalg.svd(seen, full_matrices=False)
     half = s[:rank].sqrt()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from effc.compiler.blocks.linear import Linear, StackedLinear
 from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.blocks.norm import Norm
+from effc.compiler.blocks.unit import Unit
 from effc.compiler.contract import HEALED, Contract, Fact
 from effc.compiler.method import Work
 from effc.compiler.model import Model
@@ -24,16 +25,18 @@ from effc.specs.units import Count
 
 
 class Recursive(Rewrite):
-    """Keep K = L / loops layers of weights and run each `loops` times, in every loop plus a low-rank difference.
+    """Keep K = L / loops layers of weights and run each `loops` times, in every loop plus a low-rank
+    difference.
 
-    Layer l uses slot l mod K (`share = cycle`) or floor(l / loops) (`sequence`); `middle_*` leaves the first and
-    the last layer alone. A slot starts as `average` of its layers, as evenly spaced layers (`stepwise`), or as the
-    first or last K layers (`lower`, `upper`). With `lora_rank` r > 0, W_l - W_slot = U S V^T gives B = U_r S_r and
-    A = V_r^T (`lora_init = svd`), so W_l = W_slot + BA up to the singular values behind r. Biases and norm
-    gains stay per layer, unless `tie_norms`.
+    Layer l uses slot l mod K (`share = cycle`) or floor(l / loops) (`sequence`); `middle_*` leaves the first
+    and the last layer alone. A slot starts as `average` of its layers, as evenly spaced layers (`stepwise`),
+    or as the first or last K layers (`lower`, `upper`). With `lora_rank` r > 0, W_l - W_slot = U S V^T gives
+    B = U_r S_r and A = V_r^T (`lora_init = svd`), so W_l = W_slot + BA up to the singular values behind r.
+    Biases and norm gains stay per layer, unless `tie_norms`.
 
     Use when: memory or download size matters more than compute, and a training stage follows.
-    Costs:    FLOPs and the key-value cache stay as they are; quality falls until the model is healed by distillation.
+    Costs:    FLOPs and the key-value cache stay as they are; quality falls until the model is healed by
+              distillation.
     """
 
     paper = Paper(
@@ -56,8 +59,12 @@ class Recursive(Rewrite):
     init: Literal["average", "stepwise", "lower", "upper"] = Field(
         "average", description="what the shared weights start as"
     )
-    lora_rank: Count = Field(0, description="rank of each layer's own difference; 0: none, the layers are equal")
-    lora_init: Literal["svd", "zero"] = Field("svd", description="whether differences start at the best fit or at zero")
+    lora_rank: Count = Field(
+        0, description="rank of each layer's own difference; 0: none, the layers are equal"
+    )
+    lora_init: Literal["svd", "zero"] = Field(
+        "svd", description="whether differences start at the best fit or at zero"
+    )
     tie_norms: bool = Field(False, description="share norm gains as well")
 
     def slots(self, layers: int) -> list[list[int]]:
@@ -104,7 +111,10 @@ class Recursive(Rewrite):
         wanted = {tail: _form(model, first, tail) for tail in _tails(model, first)}
         for layer in rest:
             tails = _tails(model, layer)
-            odd = next((t for t in [*wanted, *tails] if t not in tails or _form(model, layer, t) != wanted.get(t)), None)
+            odd = next(
+                (t for t in [*wanted, *tails] if t not in tails or _form(model, layer, t) != wanted.get(t)),
+                None,
+            )
             if odd is not None:
                 note = f"they differ in {odd}"
                 return [Diagnostic("E332", f"layers {first} and {layer} cannot share weights", notes=(note,))]
@@ -132,7 +142,11 @@ class Recursive(Rewrite):
         if stacks:
             note = f"{some(stacks)} in every layer"
             help_ = "use lora_rank = 0"
-            return [Diagnostic("E320", f"`{self.kind}` has no low-rank difference for experts", (), (note,), help_)]
+            return [
+                Diagnostic(
+                    "E320", f"`{self.kind}` has no low-rank difference for experts", (), (note,), help_
+                )
+            ]
         shortest = min((min(matrix(unit).shape), tail) for tail, unit in units.items())
         if self.lora_rank <= shortest[0]:
             return []
@@ -173,7 +187,7 @@ class Recursive(Rewrite):
         return errors
 
     def _fit(self, unit: LoraLinear, gap: Tensor) -> Tensor:
-        """Set A and B of a unit to the best fit of `gap` [o, i], or B to zero; returns what is left of the gap."""
+        """Set A, B of a unit to the best fit of `gap` [o, i], or B to zero; returns what is left of it."""
         if gap.is_meta:
             return gap
         u, s, vh = torch.linalg.svd(gap.float(), full_matrices=False)
@@ -214,7 +228,11 @@ def _tails(model: Model, layer: int) -> list[str]:
 
 
 def _matrices(model: Model, layer: int) -> list[str]:
-    return [t for t in _tails(model, layer) if isinstance(model.module(f"layers.{layer}.{t}"), Linear | StackedLinear)]
+    return [
+        t
+        for t in _tails(model, layer)
+        if isinstance(model.module(f"layers.{layer}.{t}"), Linear | StackedLinear)
+    ]
 
 
 def _norms(model: Model, layer: int) -> list[str]:
@@ -223,7 +241,7 @@ def _norms(model: Model, layer: int) -> list[str]:
 
 def _form(model: Model, layer: int, tail: str) -> object:
     unit = model.module(f"layers.{layer}.{tail}")
-    return unit.spec() if hasattr(unit, "spec") else type(unit)
+    return unit.spec() if isinstance(unit, Unit) else type(unit)
 
 
 def _read(rw: Rewriter, tail: str, name: str, layers: Sequence[int]) -> list[Tensor]:
