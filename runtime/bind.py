@@ -1,21 +1,23 @@
-"""From a recipe's calls to the objects they mean: methods, parts and what a stage takes."""
+"""From a recipe's calls to the objects they mean: methods, parts, data sources, loads, exports."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, cast
 
 from pydantic import ValidationError
 
 from effc import passes
 from effc.compiler.method import Method, Part, Slot
 from effc.compiler.plan import Staged
+from effc.specs.base import Spec
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
 from effc.specs.recipe import Binding, Call, Recipe, Ref, Value
 
-T = TypeVar("T", Method, Part)
+HOMES = {"data": "effc.runtime.data", "model": "effc.runtime.models", "export": "effc.runtime.exports"}
+"""Role of a call -> the package that holds one file for each kind."""
 
 _PARTS = "effc.runtime.parts"
 
@@ -24,31 +26,35 @@ def method_of(call: Call) -> Method:
     """The method of a stage with its arguments; slots that nothing fills get their default part.
 
     Raises:
-        EffcError: E202 when the method refuses an argument that the catalogue let through.
+        EffcError: E202 when the class refuses an argument that the catalogue let through.
     """
-    return _made(passes.resolve(call.kind), call)
+    return cast(Method, _made(passes.resolve(call.kind), call))
 
 
 def part_of(call: Call) -> Part:
     """The part that a nested call means, e.g. `adamw(lr = 3e-4)`."""
-    return _made(part_class(call.kind), call)
+    return cast(Part, _made(spec_class(f"{_PARTS}.{call.kind}"), call))
+
+
+def spec_of(role: str, call: Call) -> Any:
+    """The data source, load or export that a call means. `role` is a key of HOMES."""
+    return _made(spec_class(f"{HOMES[role]}.{call.kind}"), call)
 
 
 @cache
-def part_class(kind: str) -> type[Part]:
-    """Import one part by its full name, `train.optimizer.adamw`.
+def spec_class(module: str) -> type[Spec]:
+    """The one class that a plug-in's file defines.
 
     Raises:
-        TypeError: when the file does not define exactly one part.
+        TypeError: when the file does not define exactly one.
     """
-    module = importlib.import_module(f"{_PARTS}.{kind}")
     found = [
         value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Part) and value.__module__ == module.__name__
+        for value in vars(importlib.import_module(module)).values()
+        if isinstance(value, type) and issubclass(value, Spec) and value.__module__ == module
     ]
     if len(found) != 1:
-        raise TypeError(f"{module.__file__} must define exactly one Part, found {len(found)}")
+        raise TypeError(f"{module} must define exactly one Spec, found {len(found)}")
     return found[0]
 
 
@@ -63,21 +69,20 @@ def staged(binding: Binding, recipe: Recipe, seq: int = 0) -> Staged:
     return Staged(method_of(binding.call), tuple(r.name for r in binding.call.models), named, seq)
 
 
-def _made(cls: type[T], call: Call) -> T:
+def _made(cls: type[Spec], call: Call) -> Spec:
     given = {key: _value(value) for key, value in call.arguments.items()}
     filled = {**_defaults(cls), **{key: value for key, value in given.items() if value is not None}}
     try:
         return cls.model_validate(filled)
     except ValidationError as error:
-        raise EffcError(
-            *(_refused(call, dict(problem)) for problem in error.errors(include_url=False))
-        ) from error
+        found = error.errors(include_url=False)
+        raise EffcError(*(_refused(call, dict(problem)) for problem in found)) from error
 
 
-def _defaults(cls: type[Method] | type[Part]) -> dict[str, Any]:
+def _defaults(cls: type[Spec]) -> dict[str, Any]:
     """Default parts of the slots."""
     return {
-        name: part_class(f"{slot.folder}.{slot.default}")()
+        name: spec_class(f"{_PARTS}.{slot.folder}.{slot.default}")()
         for name, info in cls.model_fields.items()
         for slot in info.metadata
         if isinstance(slot, Slot) and slot.default is not None
@@ -98,8 +103,6 @@ def _value(value: Value) -> Any:
 def _refused(call: Call, problem: Mapping[str, Any]) -> Diagnostic:
     key = str(problem["loc"][0]) if problem["loc"] else ""
     span = call.spans.get(key, call.span)
-    title = (
-        f"`{key}` of `{call.kind}` cannot be this" if key else f"`{call.kind}` cannot take these arguments"
-    )
+    title = f"`{key}` of `{call.kind}` cannot be this" if key else f"`{call.kind}` cannot take this"
     words = str(problem["msg"]).removeprefix("Value error, ")
     return Diagnostic("E202", title, (Label(span, words),) if span else (), () if span else (words,))
