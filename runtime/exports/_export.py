@@ -1,0 +1,156 @@
+"""Export: a format a model leaves in. Written aside, read by the real consumer in a fresh process, then published.
+
+Shapes: B rows, T tokens, V vocabulary, N new tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from effc.compiler.model import Model
+from effc.runtime.consumer import Answer
+from effc.runtime.durable import refused, sync_folder
+from effc.specs.base import Spec
+from effc.specs.diagnostic import Diagnostic, EffcError
+
+_HERE = "effc.runtime.exports."
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the consumer made of the files, against what effc computes."""
+
+    consumer: str
+    error: float
+    """RMS of the difference of the logits, relative to that of the logits."""
+    tolerance: float
+    greedy: float | None = None
+    """Share of greedy tokens that are also effc's first choice; None when none were asked for."""
+
+    @classmethod
+    def of(cls, answer: Answer, want: Tensor, tolerance: float, chosen: Tensor | None = None) -> Self:
+        """Compare logits [B, T, V], and where given effc's logits [B, N, V] that led to the consumer's tokens.
+
+        A token that is not effc's first choice is excused when effc holds the two for equal within the tolerance.
+
+        Raises:
+            EffcError: E552 when they differ by more.
+        """
+        error = float((answer.logits - want).square().mean().sqrt() / want.square().mean().sqrt())
+        agreed = None
+        lag = 0.0
+        if chosen is not None and answer.greedy.numel():
+            best = chosen.max(-1).values
+            given = chosen.gather(-1, answer.greedy.unsqueeze(-1)).squeeze(-1)
+            lag = float(((best - given) / chosen.square().mean().sqrt()).max())
+            agreed = float((given == best).float().mean())
+        if not error <= tolerance or lag > 4 * tolerance:
+            notes = [
+                f"{answer.version}: logits differ by {error:.2e} of their size, at most {tolerance:.0e} is allowed"
+            ]
+            if agreed is not None:
+                notes.append(f"{agreed:.0%} of the greedy tokens agree")
+            raise EffcError(
+                Diagnostic(
+                    "E552",
+                    "the consumer computes something else from the exported files",
+                    notes=tuple(notes),
+                    help="nothing was published; this is a defect of the export, please report it with the model's config",
+                )
+            )
+        return cls(answer.version, error, tolerance, agreed)
+
+
+class Export(Spec):
+    """Base of every format. A subclass says what it cannot express, writes, and lets its consumer verify."""
+
+    examples: ClassVar[tuple[str, ...]]
+
+    path: str = Field(min_length=1, description="where the result goes")
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        name = cls.__module__.removeprefix(_HERE)
+        if cls.__module__.startswith(_HERE) and not name.startswith("_"):
+            cls.kind = name
+            if not cls.__dict__.get("__doc__") or not getattr(cls, "examples", ()):
+                raise TypeError(f"{cls.__module__}.{cls.__name__} lacks a docstring or examples")
+
+    def ready(self) -> None:
+        """Raise EffcError E550 at once when the consumer is not installed."""
+
+    def refuses(self, model: Model) -> Sequence[Diagnostic]:
+        """Everything about the model, possibly on meta, that the format cannot express."""
+        return ()
+
+    def write(self, model: Model, place: Path) -> None:
+        """Write a file or a new folder at `place`, which does not exist yet. The model is materialized."""
+        raise NotImplementedError
+
+    def verify(self, place: Path, model: Model) -> Verdict:
+        """Let the consumer load what was written. Raises EffcError E551 or E552."""
+        raise NotImplementedError
+
+    def publish(self, model: Model) -> Verdict:
+        """Check, write aside, verify, then move to `path`; what was there is replaced only then.
+
+        Raises:
+            EffcError: E550-E553 as above, E601 when the disk is full, E602 when the place cannot be written.
+        """
+        self.ready()
+        if problems := self.refuses(model):
+            raise EffcError(*problems)
+        target = Path(self.path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        except OSError as problem:
+            raise refused(problem, target) from problem
+        try:
+            made = aside / target.name
+            self.write(model.clone().materialize(), made)
+            verdict = self.verify(made, model.clone().materialize())
+            _settle(made, target, aside / "old")
+        except OSError as problem:
+            raise refused(problem, target) from problem
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return verdict
+
+
+def probe(model: Model, rows: int = 2, length: int = 16) -> Tensor:
+    """ids [rows, length] int64 to try a model on, the same at every call."""
+    embedding: Any = model.module("embedding")
+    dice = torch.Generator().manual_seed(0)
+    return torch.randint(0, embedding.vocab, (rows, length), generator=dice)
+
+
+def continued(model: Model, ids: Tensor, greedy: Tensor) -> Tensor:
+    """effc's logits [B, N, V] at the places where a consumer chose the tokens `greedy` [B, N]."""
+    whole = torch.cat([ids, greedy], 1)
+    with torch.no_grad():
+        logits: Tensor = model(whole).float()
+    return logits[:, ids.shape[1] - 1 : -1]
+
+
+def _settle(made: Path, target: Path, old: Path) -> None:
+    """Sync what was written and give it its name; a folder in the way moves aside first."""
+    files = [made] if made.is_file() else [path for path in made.rglob("*") if path.is_file()]
+    for path in files:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if target.is_dir():
+        os.replace(target, old)
+    os.replace(made, target)
+    sync_folder(target.parent)
