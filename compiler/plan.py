@@ -44,8 +44,8 @@ class Staged:
 class Sources(Protocol):
     """What the planner cannot know: files, methods, exports."""
 
-    def model(self, binding: Binding) -> Model:
-        """The model of a `model` binding, on meta."""
+    def model(self, binding: Binding, models: Mapping[str, Model]) -> Model:
+        """The model of a `model` binding, on meta; `models` are those before it, for an adapter."""
 
     def stage(self, binding: Binding) -> Staged: ...
     def refuses(self, export: Export, model: Model) -> Sequence[Diagnostic]:
@@ -142,7 +142,7 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
         if binding.value != "model":
             continue
         try:
-            made = sources.model(binding) if binding.keyword == "model" else None
+            made = sources.model(binding, models) if binding.keyword == "model" else None
             staged = sources.stage(binding) if made is None else None
             if staged is not None:
                 if any(name not in models for name in (*staged.models, *staged.named.values())):

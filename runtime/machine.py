@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from effc.specs import user_cache
 from effc.specs.target import Target, named_target, read_target
 
 if TYPE_CHECKING:
@@ -42,9 +43,8 @@ def chosen_target(target: Path | None, device: str | None = None) -> Target:
 
 
 def calibrated_path(device: str) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(f"{_processor()}|{cores()}".encode()).hexdigest()[:12]
-    return home / "effc" / "targets" / f"{device}-{key}.yaml"
+    return user_cache.folder() / f"target-{device}-{key}.yaml"
 
 
 def estimate(device: str = "cpu") -> Target:

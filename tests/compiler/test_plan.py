@@ -49,7 +49,7 @@ class Hand:
     free: int = 10**12
     export_problems: Mapping[str, Diagnostic] = field(default_factory=dict)
 
-    def model(self, binding: Binding) -> Model:
+    def model(self, binding: Binding, models: Mapping[str, Model]) -> Model:
         return decoder()
 
     def stage(self, binding: Binding) -> Staged:

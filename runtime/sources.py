@@ -1,0 +1,41 @@
+"""What a plan asks of the world: models from disk (headers only), methods, exports, free space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from effc.compiler.model import Model
+from effc.compiler.plan import Staged
+from effc.runtime.bind import spec_of, staged
+from effc.runtime.load import open_model
+from effc.runtime.machine import disk_free
+from effc.specs.diagnostic import Diagnostic
+from effc.specs.recipe import Binding, Export, Recipe, Ref
+
+
+class Files:
+    """The sources of one recipe; nothing is read but configurations and headers."""
+
+    def __init__(self, recipe: Recipe, store: Path, tiny: bool = False) -> None:
+        self.recipe, self.store, self.tiny = recipe, store, tiny
+
+    def model(self, binding: Binding, models: Mapping[str, Model]) -> Model:
+        return open_model(binding.call, models, self.tiny)
+
+    def stage(self, binding: Binding) -> Staged:
+        return staged(binding, self.recipe, self._seq(binding))
+
+    def refuses(self, export: Export, model: Model) -> Sequence[Diagnostic]:
+        found: Sequence[Diagnostic] = spec_of("export", export.call).refuses(model)
+        return found
+
+    def disk_free(self) -> int:
+        return disk_free(self.store)
+
+    def _seq(self, binding: Binding) -> int:
+        """Tokens in a sequence of the stage's data, 0 without data."""
+        for value in binding.call.arguments.values():
+            if isinstance(value, Ref) and (source := self.recipe.stage(value.name)).value == "data":
+                return int(getattr(spec_of("data", source.call), "seq", 0))
+        return 0
