@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx, nn
 
@@ -47,8 +47,8 @@ class Draft:
         return node
 
 
-def module_of(modules: Mapping[str, nn.Module], graph: fx.Graph) -> fx.GraphModule:
-    """A GraphModule that holds exactly `modules` at their paths."""
+def module_of(modules: Mapping[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A GraphModule that holds exactly `modules` (and tensors that nodes read) at their paths."""
     gm = fx.GraphModule(dict(modules), graph, class_name="Blocks")
     return gm.eval()
 

@@ -44,4 +44,8 @@ def count(model: Model, mean: int = 0) -> Cost:
             stored += tensor.numel() * tensor.element_size()
         flops += unit.flops(mean)
         kv += unit.kv_bytes()
+    for tensor in model.tensors().values():
+        if id(tensor) not in seen:  # a traced module's own layers are no units
+            params += tensor.numel()
+            stored += tensor.numel() * tensor.element_size()
     return Cost(params, stored, flops, kv)

@@ -87,16 +87,16 @@ class Ops:
         """A tensor of the unit that is being expanded."""
         return self._append("weight", (), 1, {"name": self._prefix + name})[0]
 
-    def inline(self, name: str, unit: nn.Module, x: Value) -> Value:
+    def inline(self, name: str, unit: Unit, x: Value) -> Value:
         """Expand a child in place."""
         outer, self._prefix = self._prefix, f"{self._prefix}{name}."
         try:
-            result: Value = unit.expand(self, x)
+            result = unit.expand(self, x)
         finally:
             self._prefix = outer
         return result
 
-    def stacked(self, name: str, unit: nn.Module) -> Value:
+    def stacked(self, name: str, unit: Any) -> Value:
         """The weights [E, o, i] of a child that holds a stack of experts."""
         outer, self._prefix = self._prefix, f"{self._prefix}{name}."
         try:

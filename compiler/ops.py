@@ -246,7 +246,8 @@ def combine(y: Tensor, weights: Tensor) -> Tensor:
 @_op()
 def patches(pixels: Tensor, *, size: int) -> Tensor:
     """pixels [B, C, height, width] -> [B, patches, C size size]"""
-    return F.unfold(pixels, size, stride=size).transpose(1, 2)
+    out: Tensor = F.unfold(pixels, size, stride=size).transpose(1, 2)
+    return out
 
 
 @_op()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, fx, nn
+
+from effc.compiler.blocks import Unit
 
 
 def aliases(module: nn.Module) -> dict[str, str]:
@@ -37,27 +40,42 @@ def put(gm: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
         slots[leaf_name] = new
 
 
-def cloned_modules(gm: fx.GraphModule) -> dict[str, nn.Module]:
+def cloned_modules(gm: fx.GraphModule) -> dict[str, Any]:
     """Copies of all called modules, with tensors of their own that share storage."""
     memo: dict[int, Tensor] = {}
     called = dict.fromkeys(str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr"))
-    return {path: cloned(gm.get_submodule(path), memo) for path in called}
+    found: dict[str, Any] = {}
+    for path in called:
+        item: Any = gm
+        for word in path.split("."):
+            item = getattr(item, word)
+        found[path] = cloned(item, memo) if isinstance(item, nn.Module) else _shared_once(item, memo)
+    return found
 
 
 def cloned(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
     """A copy of a module tree without copying data; `memo` keeps ties."""
+    if not isinstance(module, Unit):
+        for tensor in (*module.parameters(), *module.buffers()):
+            _shared_once(tensor, memo)
+        kept: dict[int, Any] = dict(memo)
+        return copy.deepcopy(module, kept)  # foreign code may hold its own references to its children
     new = module.__class__.__new__(module.__class__)
     new.__dict__ = dict(module.__dict__)
     slots: dict[str, Any]
     for kind in ("_parameters", "_buffers"):
         slots = {}
         for name, tensor in getattr(module, kind).items():
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = _shared(tensor)
-            slots[name] = None if tensor is None else memo[id(tensor)]
+            slots[name] = None if tensor is None else _shared_once(tensor, memo)
         new.__dict__[kind] = slots
     new.__dict__["_modules"] = {n: m and cloned(m, memo) for n, m in module._modules.items()}
     return new
+
+
+def _shared_once(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:
+    if id(tensor) not in memo:
+        memo[id(tensor)] = _shared(tensor)
+    return memo[id(tensor)]
 
 
 def _shared(tensor: Tensor) -> Tensor:
