@@ -1,15 +1,15 @@
-"""Safetensors files read with suspicion: every header is checked before a byte is allocated for a tensor.
+"""Read safetensors files without trusting them: the header is bounded and checked before anything is allocated.
 
-A file is 8 bytes of header length, little-endian, the header as JSON, then the tensors' bytes:
-{"name": {"dtype": "BF16", "shape": [o, i], "data_offsets": [start, stop]}, ..., "__metadata__": {...}}.
-Tensors are read with pread into memory of their own, never by mmap, which counts as resident.
+A file is eight bytes of header length n (little-endian), n bytes of JSON, then the tensors' bytes. Reading is
+by pread into fresh memory, never by mmap, which would count as resident.
 """
 
 from __future__ import annotations
 
-import math
+import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,10 +17,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from effc.compiler import strict_json
 from effc.compiler.weights import LazyTensor, Stored
 from effc.specs.diagnostic import Diagnostic, EffcError
 
+MAX_HEADER = 100_000_000
+MAX_TENSORS = 1_000_000
+MAX_DIMENSIONS = 8
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -35,21 +37,15 @@ DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Names that safetensors gives to dtypes."""
-SPELLED = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 16 << 20
-MAX_TENSORS = 100_000
-MAX_NAME = 512
-MAX_RANK = 8
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-_PIECE = 1 << 30
-"""Bytes asked of one pread; the system gives at most 2 GiB at once."""
+"""safetensors' names of dtypes, as far as a weight may have them."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_SHARD = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors$")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor in a file: where its bytes lie and what they mean."""
+    """Where a tensor lies: `nbytes` bytes from byte `offset` of `file`."""
 
     file: Path
     offset: int
@@ -58,170 +54,187 @@ class TensorRef:
     shape: tuple[int, ...]
 
     def read(self, rows: tuple[int, int] | None = None) -> Tensor:
-        """The tensor, or its rows [start, stop) along the first dimension, in memory of its own.
+        """The tensor, or rows [start, stop) of its first dimension.
 
         Raises:
-            EffcError: E431 when the file has become shorter than its header says.
+            EffcError: E415 when the file ends early.
         """
-        start, shape, size = self.offset, self.shape, self.nbytes
-        if rows is not None:
-            low, high = max(0, rows[0]), min(rows[1], self.shape[0])
-            step = self.nbytes // self.shape[0] if self.shape[0] else 0
-            start, size = start + low * step, max(0, high - low) * step
-            shape = (max(0, high - low), *self.shape[1:])
-        if size == 0:
-            return torch.empty(shape, dtype=self.dtype)
-        raw = torch.empty(size, dtype=torch.uint8)
-        self._fill(memoryview(raw.numpy()), start)
-        return raw.view(self.dtype).reshape(shape)
+        start, nbytes, shape = self.offset, self.nbytes, self.shape
+        if rows is not None and shape:
+            stride = self.nbytes // max(shape[0], 1)
+            start, nbytes = start + rows[0] * stride, (rows[1] - rows[0]) * stride
+            shape = (rows[1] - rows[0], *shape[1:])
+        raw = torch.empty(nbytes, dtype=torch.uint8)
+        view = memoryview(raw.numpy())
+        with self.file.open("rb", buffering=0) as file:
+            while view:
+                got = os.preadv(file.fileno(), [view], start)
+                if got == 0:
+                    refuse("E415", self.file, f"the file ends {len(view)} bytes before its tensors do")
+                view, start = view[got:], start + got
+        return raw.view(self.dtype).view(shape) if nbytes else torch.empty(shape, dtype=self.dtype)
 
     def lazy(self) -> LazyTensor:
-        """The same as a source of weights."""
+        """The same, as a model's weight source holds it."""
         return LazyTensor(self.shape, self.dtype, self.read, Stored(self.file, self.offset))
 
-    def _fill(self, into: memoryview, offset: int) -> None:
-        descriptor = os.open(self.file, os.O_RDONLY)
-        try:
-            done = 0
-            while done < len(into):
-                got = os.preadv(descriptor, [into[done : done + _PIECE]], offset + done)
-                if got == 0:
-                    _refuse("E431", self.file, f"it ends {len(into) - done} bytes before a tensor does")
-                done += got
-        finally:
-            os.close(descriptor)
+
+def refuse(code: str, path: Path, why: str, help: str | None = None) -> NoReturn:
+    """Say what is wrong with a file; names of files stay short of the whole path where they can."""
+    raise EffcError(Diagnostic(code, f"`{path.name}` cannot be read", notes=(why,), help=help))
 
 
-def read_header(file: Path) -> dict[str, TensorRef]:
-    """Every tensor of a safetensors file by name, in the order of their bytes. Reads the header alone.
+def read_json(path: Path, limit: int = MAX_HEADER) -> Any:
+    """A JSON file of bounded size without duplicate keys.
 
     Raises:
-        EffcError: E430 for a header that is malformed or inconsistent, E431 for a file that is cut short.
+        EffcError: E414 missing, too large, not UTF-8, not JSON, nested too deeply, or a key stands twice.
     """
-    with file.open("rb") as stream:
-        total = os.fstat(stream.fileno()).st_size
-        head = stream.read(8)
-        if len(head) < 8:
-            _refuse("E431", file, f"it has {total} bytes, too few for a header")
-        length = int.from_bytes(head, "little")
-        if length > MAX_HEADER:
-            _refuse("E430", file, f"the header claims {length} bytes, the limit is {MAX_HEADER}")
-        if 8 + length > total:
-            _refuse("E431", file, f"the header claims {length} bytes, the file has {total}")
-        table = strict_json.parse(stream.read(length), file.name)
-    if not isinstance(table, dict):
-        _refuse("E430", file, "the header is no object")
-    _check_metadata(file, table.pop("__metadata__", {}))
-    if len(table) > MAX_TENSORS:
-        _refuse("E430", file, f"it names {len(table)} tensors, the limit is {MAX_TENSORS}")
-    begin = 8 + length
-    refs = {name: _ref(file, name, entry, begin, total) for name, entry in table.items()}
-    return _ordered(file, refs, begin, total)
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            refuse("E414", path, f"it has {size} bytes; at most {limit} make sense")
+        return parse_json(path.read_bytes(), path)
+    except OSError as problem:
+        refuse("E414", path, f"{problem.strerror or problem}")
 
 
-def read_index(folder: Path, root: Path | None = None) -> dict[str, TensorRef]:
-    """Every tensor of a folder: those of model.safetensors, or of all shards that its index names.
+def parse_json(raw: bytes, path: Path) -> Any:
+    """JSON text to a value. Raises EffcError E414 as `read_json` does."""
 
-    `root`: the folder that links may lead into (the folder itself when None).
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            refuse("E414", path, f"the key {twice[:60]!r} stands twice")
+        return found
+
+    try:
+        return json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as problem:
+        refuse("E414", path, f"it is not JSON that can be read: {str(problem)[:120]}")
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def read_header(path: Path) -> dict[str, TensorRef]:
+    """The tensors of one safetensors file, by name.
 
     Raises:
-        EffcError: E441 when there are no safetensors or shards are missing (all are named), E434 when there
-            are only pickles, E432 when index and shards disagree; as `read_header`.
+        EffcError: E415 for a header that is cut off, oversized, or describes tensors that overlap, leave gaps,
+            lie outside the file or do not have the bytes that their shape needs.
     """
-    if strict_json.has(folder, INDEX):
-        return _sharded(folder, root)
-    if strict_json.has(folder, SINGLE):
-        return read_header(strict_json.inside(folder, SINGLE, root))
-    pickles = sorted(p.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(ending))
-    if pickles:
-        raise EffcError(
-            Diagnostic(
-                "E434",
-                f"`{folder.name}` holds its weights as a pickle, which can run code when it is read",
-                notes=(f"found {', '.join(pickles[:3])}",),
-                help="where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) "
-                "writes safetensors",
-            )
-        )
-    note = f"looked in {folder} for {SINGLE} and {INDEX}"
-    raise EffcError(Diagnostic("E441", f"`{folder.name}` holds no safetensors", notes=(note,)))
-
-
-def _sharded(folder: Path, root: Path | None) -> dict[str, TensorRef]:
-    table = strict_json.read(folder, INDEX, root).get("weight_map")
-    if not isinstance(table, dict) or not table or len(table) > MAX_TENSORS:
-        _refuse("E432", folder / INDEX, "`weight_map` is no table of tensors")
-    if not all(isinstance(file, str) for file in table.values()):
-        _refuse("E432", folder / INDEX, "`weight_map` holds something else than file names")
-    files = sorted(set(table.values()))
-    bad = next((f for f in files if not f.endswith(".safetensors")), None)
-    if bad is not None:
-        _refuse("E432", folder / INDEX, f"{bad[:80]!r} is no safetensors file")
-    plain = [f for f in files if "/" not in f and "\\" not in f]
-    missing = [f for f in plain if not (folder / f).exists()]
-    if missing:
-        note = f"missing: {', '.join(missing[:8])}" + (f" and {len(missing) - 8} more" if missing[8:] else "")
-        title = f"{len(missing)} of {len(files)} shards of `{folder.name}` are missing"
-        raise EffcError(Diagnostic("E441", title, notes=(note,), help="download the folder again, all of it"))
-    found: dict[str, TensorRef] = {}
-    for name in files:
-        for tensor, ref in read_header(strict_json.inside(folder, name, root)).items():
-            if tensor in found:
-                _refuse("E432", folder / INDEX, f"`{tensor}` lies in two shards, {name} and {found[tensor].file.name}")
-            if table.get(tensor, name) != name:
-                _refuse("E432", folder / INDEX, f"`{tensor}` lies in {name}, the index says {table[tensor]}")
-            found[tensor] = ref
-    absent = sorted(table.keys() - found.keys())
-    if absent:
-        _refuse("E432", folder / INDEX, f"{len(absent)} tensors lie in no shard, such as `{absent[0][:80]}`")
+    try:
+        size = path.stat().st_size
+        with path.open("rb", buffering=0) as file:
+            first = file.read(8)
+            length = int.from_bytes(first, "little")
+            if len(first) < 8 or length > size - 8:
+                refuse("E415", path, f"the header should have {length} bytes, and the file has {size} in all")
+            if not 2 <= length <= MAX_HEADER:
+                refuse("E415", path, f"the header has {length} bytes; 2 to {MAX_HEADER} make sense")
+            raw = file.read(length)
+    except OSError as problem:
+        refuse("E415", path, f"{problem.strerror or problem}")
+    header = parse_json(raw, path)
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        refuse("E415", path, f"the header is no table of at most {MAX_TENSORS} tensors")
+    header.pop("__metadata__", None)
+    found = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
+    _cover(path, found, 8 + length, size)
     return found
 
 
-def _check_metadata(file: Path, metadata: Any) -> None:
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        _refuse("E430", file, "`__metadata__` is no table of strings")
+def _entry(path: Path, name: str, entry: Any, base: int) -> TensorRef:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)]}:
+            pass
+        case _:
+            refuse("E415", path, f"the entry of {name[:80]!r} lacks a dtype, a shape or two offsets")
+    if dtype not in DTYPES:
+        refuse("E415", path, f"{name[:80]!r} has the dtype {dtype[:20]!r}; known are {', '.join(DTYPES)}")
+    if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        refuse("E415", path, f"{name[:80]!r} has the shape {str(shape)[:60]}, which no tensor has")
+    if not 0 <= start <= end:
+        refuse("E415", path, f"{name[:80]!r} lies from byte {start} to {end}")
+    count = 1
+    for n in shape:
+        count *= n
+    nbytes = count * DTYPES[dtype].itemsize
+    if nbytes != end - start:
+        refuse("E415", path, f"{name[:80]!r} needs {nbytes} bytes for its shape and has {end - start}")
+    return TensorRef(path, base + start, nbytes, DTYPES[dtype], tuple(shape))
 
 
-def _ref(file: Path, name: str, entry: Any, begin: int, total: int) -> TensorRef:
-    """One tensor of a header, checked on its own."""
-    if not name or len(name) > MAX_NAME or not name.isprintable():
-        _refuse("E430", file, f"{name[:60]!r} is no name of a tensor")
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        _refuse("E430", file, f"`{name}` has not exactly dtype, shape and data_offsets")
-    dtype = DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
-    if dtype is None:
-        _refuse("E430", file, f"`{name}` has the unknown dtype {str(entry['dtype'])[:40]!r}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _counts(shape) or len(shape) > MAX_RANK:
-        _refuse("E430", file, f"`{name}` has no shape of at most {MAX_RANK} sizes: {str(shape)[:60]}")
-    if not _counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        _refuse("E430", file, f"`{name}` has no offsets from start to stop: {str(offsets)[:60]}")
-    start, stop = offsets
-    size = math.prod(shape) * dtype.itemsize
-    if stop - start != size:
-        _refuse("E430", file, f"`{name}` needs {size} bytes for its shape, its offsets span {stop - start}")
-    if begin + stop > total:
-        _refuse("E431", file, f"`{name}` ends at byte {begin + stop}, the file at {total}")
-    return TensorRef(file, begin + start, size, dtype, tuple(shape))
+def _cover(path: Path, found: Mapping[str, TensorRef], base: int, size: int) -> None:
+    """Tensors follow each other without gap or overlap and end where the file ends."""
+    at, before = base, "the header"
+    for name, ref in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if ref.offset != at:
+            what = "overlaps" if ref.offset < at else "leaves a gap after"
+            refuse("E415", path, f"{name[:80]!r} {what} {before[:80]!r}")
+        at, before = ref.offset + ref.nbytes, name
+    if at != size:
+        refuse("E415", path, f"the tensors end at byte {at}, the file at {size}")
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+def within(folder: Path, name: str) -> Path:
+    """A file of a folder. Raises EffcError E416 when the name, or a link, leads out of it."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        refuse("E416", folder, f"{name[:120]!r} leads out of the folder")
+    return path
 
 
-def _ordered(file: Path, refs: dict[str, TensorRef], begin: int, total: int) -> dict[str, TensorRef]:
-    """In the order of their bytes; they must follow each other without gap or overlap to the end."""
-    ordered = dict(sorted(refs.items(), key=lambda item: (item[1].offset, item[1].nbytes)))
-    place = begin
-    for name, ref in ordered.items():
-        if ref.offset != place:
-            what = "overlaps the tensor before it" if ref.offset < place else "leaves a gap before it"
-            _refuse("E430", file, f"`{name}` {what}")
-        place += ref.nbytes
-    if place != total:
-        _refuse("E430", file, f"{total - place} bytes at its end belong to no tensor")
-    return ordered
+def read_folder(folder: Path) -> dict[str, TensorRef]:
+    """All tensors of a model folder: one file, or shards named by an index.
+
+    Raises:
+        EffcError: E414, E415, E416 as above, E417 when there are no safetensors, E418 when a shard is missing, two
+            shards hold the same tensor, or index and shards disagree.
+    """
+    index = within(folder, "model.safetensors.index.json")
+    if index.exists():
+        return _sharded(folder, index)
+    single = within(folder, "model.safetensors")
+    if single.exists():
+        return read_header(single)
+    loose = sorted(p.name for p in folder.glob("*.safetensors"))
+    if len(loose) == 1:
+        return read_header(within(folder, loose[0]))
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
+    if pickles:
+        note = f"it holds {pickles[0]}, a pickle, which can run code when it is read"
+        refuse("E417", folder, note, "save the model again with `save_pretrained(..., safe_serialization=True)`")
+    refuse("E417", folder, "there is no model.safetensors and no model.safetensors.index.json")
 
 
-def _refuse(code: str, file: Path, reason: str) -> NoReturn:
-    raise EffcError(Diagnostic(code, f"`{file.name}` cannot be read safely", notes=(reason, f"in {file.parent}")))
+def _sharded(folder: Path, index: Path) -> dict[str, TensorRef]:
+    data = read_json(index)
+    table = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(table, dict) or not table:
+        refuse("E418", index, "it has no table `weight_map`")
+    shards: dict[str, dict[str, TensorRef]] = {}
+    for name in sorted(set(map(str, table.values()))):
+        if not _SHARD.match(name):
+            refuse("E416", index, f"the shard {name[:120]!r} is no plain file name")
+        path = within(folder, name)
+        if not path.exists():
+            refuse("E418", index, f"the shard {name} is missing")
+        shards[name] = read_header(path)
+    found: dict[str, TensorRef] = {}
+    for name, ref in _entries(shards):
+        if name in found:
+            refuse("E418", index, f"{name[:80]!r} stands in {found[name].file.name} and in {ref.file.name}")
+        found[name] = ref
+    if lost := sorted(name for name, shard in table.items() if name not in shards[str(shard)]):
+        refuse("E418", index, f"{lost[0][:80]!r} is not in {table[lost[0]]} ({len(lost)} such)")
+    return found
+
+
+def _entries(shards: Mapping[str, Mapping[str, TensorRef]]) -> Iterator[tuple[str, TensorRef]]:
+    for shard in shards.values():
+        yield from shard.items()
