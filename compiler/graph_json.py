@@ -1,13 +1,13 @@
-"""Model structure to JSON and back: nodes, module table, roles and ties; never a pickle, never a class by path.
+"""Model structure to JSON and back: nodes, module table, roles, ties; never a pickle or a class by path.
 
     {"format": 1, "architecture": "llama", "config": {...},
-     "nodes": [["input", "ids"], ["input", "step"], ["block", "embedding", [0, 1], "load"], ["add", [3, 5], "load"],
-               ["output", [9]]],
+     "nodes": [["input", "ids"], ["input", "step"], ["block", "embedding", [0, 1], "load"],
+               ["add", [3, 5], "load"], ["output", [9]]],
      "modules": {"layers.0.mlp": {"type": "MLP", ...}, "layers.0.mlp.up": {"type": "QuantLinear", ...}},
      "roles": {path: [name, layer]}, "ties": {alias: owner}}
 
-Node arguments are indices of earlier nodes. `modules` holds every block, and those units inside a block that differ
-from what the block's constructor makes.
+Node arguments are indices of earlier nodes. `modules` holds every block, and those units inside a block
+that differ from what the block's constructor makes.
 """
 
 from __future__ import annotations

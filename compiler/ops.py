@@ -157,7 +157,7 @@ def shift(index: Tensor, *, by: int) -> Tensor:
 @_op()
 def heads(x: Tensor, *, count: int) -> Tensor:
     """x [B, T, H h] -> [B, T, H, h]"""
-    return x.unflatten(-1, (count, -1))
+    return x.view(*x.shape[:-1], count, -1)
 
 
 @_op()

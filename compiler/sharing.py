@@ -61,7 +61,7 @@ def cloned(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
         kept: dict[int, Any] = dict(memo)
         return copy.deepcopy(module, kept)  # foreign code may hold its own references to its children
     new = module.__class__.__new__(module.__class__)
-    new.__dict__ = dict(module.__dict__)
+    new.__dict__ = {name: _own(name, value) for name, value in module.__dict__.items()}
     slots: dict[str, Any]
     for kind in ("_parameters", "_buffers"):
         slots = {}
@@ -70,6 +70,13 @@ def cloned(module: nn.Module, memo: dict[int, Tensor]) -> nn.Module:
         new.__dict__[kind] = slots
     new.__dict__["_modules"] = {n: m and cloned(m, memo) for n, m in module._modules.items()}
     return new
+
+
+def _own(name: str, value: Any) -> Any:
+    """Plain containers are copied, hooks stay behind: they belong to whoever registered them."""
+    if name.endswith("_hooks") or "_hooks_" in name:
+        return type(value)() if isinstance(value, dict) else value
+    return type(value)(value) if isinstance(value, dict | list | set) else value
 
 
 def _shared_once(tensor: Tensor, memo: dict[int, Tensor]) -> Tensor:

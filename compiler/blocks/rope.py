@@ -39,6 +39,10 @@ def checked(rope: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_theta", *_NEEDS.get(form, ())):
         if rope.get(key) is None:
             raise ValueError(f"rope_type {form!r} needs {key}")
+    for key, value in rope.items():
+        numbers = value if key in ("short_factor", "long_factor") else [value]
+        if key != "rope_type" and not all(n is None or isinstance(n, int | float) for n in numbers):
+            raise ValueError(f"{key} must be a number, not {str(value)[:40]!r}")
     if not rope["rope_theta"] > 0:
         raise ValueError(f"rope_theta must be above 0, not {rope['rope_theta']}")
     return {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(rope.items())}
@@ -63,7 +67,8 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, lengths: Tensor) -> tupl
         limit = rope["max_position_embeddings"]
         reach = lengths.clamp(min=limit).float()
         stretch = (rope["factor"] * reach / limit - (rope["factor"] - 1)) ** (dim / (dim - 2))
-        return 1.0 / (base * stretch) ** exponent, 1.0
+        stretched: Tensor = 1.0 / (base * stretch) ** exponent
+        return stretched, 1.0
     if form == "llama3":
         return _llama3(rope, plain), 1.0
     if form == "yarn":
@@ -79,7 +84,8 @@ def _llama3(rope: Mapping[str, Any], plain: Tensor) -> Tensor:
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     wavelength = 2 * math.pi / plain
     blend = ((old / wavelength - low) / (high - low)).clamp(0, 1)
-    return (1 - blend) * plain / factor + blend * plain
+    mixed: Tensor = (1 - blend) * plain / factor + blend * plain
+    return mixed
 
 
 def _yarn(rope: Mapping[str, Any], plain: Tensor, base: float, dim: int) -> tuple[Tensor, float]:
