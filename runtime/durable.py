@@ -116,6 +116,11 @@ def head_of(tensors: Mapping[str, Tensor], data: Any = None) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def size_of(tensor: Tensor) -> int:
+    """Bytes of a file that holds this tensor alone."""
+    return len(head_of({ENTRY: tensor})) + tensor.numel() * tensor.element_size()
+
+
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     """What `write_tensors` wrote.
 

@@ -106,11 +106,6 @@ def numeric_class(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def settle(device: torch.device) -> None:
-    """Choose deterministic algorithms before the first stage; part of the numeric class."""
-    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
-
-
 @cache
 def _libraries() -> dict[str, Any]:
     show = torch.__config__.show()

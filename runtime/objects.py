@@ -53,10 +53,7 @@ class Objects:
     def keep_tensor(self, tensor: Tensor) -> Entry:
         """Write a tensor as an object unless it is one already."""
         held = tensor.detach().cpu().contiguous()
-        head, content = durable.head_of({durable.ENTRY: held}), durable.bytes_of(held)
-        digest = blake3(head)
-        digest.update(content)
-        name, size = digest.hexdigest(), len(head) + len(content)
+        name, size = identity_of(held), durable.size_of(held)
         if not self.whole(name, size):
             tensors = {durable.ENTRY: held}
             durable.publish(self.path(name), lambda file: durable.write_tensors(file, tensors), self.aside)
@@ -148,4 +145,12 @@ def hash_of(path: Path) -> str:
     with path.open("rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
+    return digest.hexdigest()
+
+
+def identity_of(tensor: Tensor) -> str:
+    """The name that a tensor has as an object."""
+    held = tensor.detach().cpu().contiguous()
+    digest = blake3(durable.head_of({durable.ENTRY: held}))
+    digest.update(durable.bytes_of(held))
     return digest.hexdigest()

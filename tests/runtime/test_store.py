@@ -1,4 +1,4 @@
-"""The store: what is published reads back equal, a crash at any step leaves nothing half-made, damage is seen."""
+"""The store: published results read back equal, a crash leaves nothing half-made, damage is seen."""
 
 from __future__ import annotations
 

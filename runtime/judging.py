@@ -1,0 +1,128 @@
+"""Numbers about finished models: the contract of a stage, losses for the report, sides of an `expect`.
+
+All of them are remembered in the store under the content they are about, except times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effc.compiler.method import Method
+from effc.compiler.model import Model
+from effc.compiler.plan import promise
+from effc.compiler.probe import probe
+from effc.runtime.closure import fingerprint
+from effc.runtime.evaluate import loss
+from effc.runtime.key import numeric_class
+from effc.runtime.machine import memory_bytes
+from effc.runtime.metrics import COUNTED, latency, measure
+from effc.runtime.opening import Opening
+from effc.specs.recipe import Metric
+
+TOKENS = 8192
+"""Held-out tokens behind the losses of the report."""
+SHARE = 0.3
+"""Largest share of main memory that a model may take to be measured for the report alone."""
+
+
+class Judging:
+    """Measures the models of one run; `fingerprints` grows with it."""
+
+    def __init__(
+        self,
+        opening: Opening,
+        models: Mapping[str, Model],
+        fingerprints: Mapping[str, str],
+        device: torch.device,
+    ) -> None:
+        self.opening, self.models, self.fingerprints, self.device = opening, models, fingerprints, device
+        self._memory = memory_bytes()
+
+    def metric(self, metric: Metric) -> float:
+        """One side of an `expect`. Raises EffcError as `measure` does."""
+        model = self.models[metric.model]
+        data = self.opening.data(metric.data.name, model) if metric.data else None
+        split = metric.data.split if metric.data else None
+
+        def measured() -> float:
+            present = model if metric.metric in COUNTED else model.clone().materialize()
+            return float(measure(present, metric.metric, data, metric.arguments, split))
+
+        if metric.metric == "latency":
+            return measured()
+        print_ = data.fingerprint if data is not None else None
+        question = [metric.metric, self.fingerprints[metric.model], print_, split]
+        question += [[str(argument) for argument in metric.arguments], *self._class("effc.runtime.metrics")]
+        return float(self._remember(question, measured))
+
+    def losses(self, name: str, data: Mapping[str, Any]) -> dict[str, float]:
+        """Loss of a model on the first held-out tokens of each data; empty when it is too large to hold."""
+        if not self.fits(name):
+            return {}
+        found = {}
+        for label, opened in data.items():
+            length = opened.batch("heldout", [0]).ids.shape[1]
+            limit = max(1, TOKENS // length)
+            question = ["loss", self.fingerprints[name], opened.fingerprint, limit]
+            question += self._class("effc.runtime.evaluate")
+            measured = partial(self._loss, name, opened, limit)
+            found[label] = float(self._remember(question, measured))
+        return found
+
+    def _loss(self, name: str, opened: Any, limit: int) -> float:
+        return loss(self._present(name), opened, "heldout", limit)
+
+    def latency(self, name: str) -> float | None:
+        """Seconds of one decoded token; None when the model is too large to hold."""
+        return latency(self._present(name)) if self.fits(name) else None
+
+    def contract(self, method: Method, before: str, after: str, data: Mapping[str, Any]) -> dict[str, Any]:
+        """What the contract promised and whether it was kept, on random and held-out inputs."""
+        contract = promise(method.contract)
+        if not (self.fits(before) and self.fits(after)):
+            return contract
+        heldout = [_ids(opened) for opened in data.values()]
+        question = [
+            "contract", method.kind, method.model_dump(mode="json"), self.fingerprints[before],
+            self.fingerprints[after], [opened.fingerprint for opened in data.values()],
+            *self._class("effc.compiler.probe", f"effc.passes.{method.kind}"),
+        ]  # fmt: skip
+
+        def measured() -> dict[str, Any]:
+            found = probe(method, self._present(before), self._present(after), heldout)
+            facts = sorted(name for name, true in found.facts.items() if true)
+            return {
+                "error": found.error,
+                "error_float64": found.error_float64,
+                "held": found.held,
+                "broken": list(found.broken),
+                "facts": facts,
+            }
+
+        found: dict[str, Any] = self._remember(question, measured)
+        return contract | found
+
+    def fits(self, name: str) -> bool:
+        """Whether a model is small enough to be held for the report."""
+        model = self.models[name]
+        return sum(t.numel() * t.element_size() for t in model.tensors().values()) <= SHARE * self._memory
+
+    def _present(self, name: str) -> Model:
+        return self.models[name].clone().materialize()
+
+    def _class(self, *modules: str) -> list[Any]:
+        return [numeric_class(self.device), fingerprint(modules, docstrings=False)]
+
+    def _remember(self, question: list[Any], measured: Callable[[], Any]) -> Any:
+        with torch.no_grad():
+            return self.opening.remembered.get(question, measured)
+
+
+def _ids(opened: Any) -> Tensor:
+    ids: Tensor = opened.batch("heldout", [0]).ids
+    return ids

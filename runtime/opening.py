@@ -1,0 +1,99 @@
+"""What a run reads from outside: models from folders, data for a model's tokenizer; their fingerprints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from effc.compiler.model import Model
+from effc.runtime import tiny as small
+from effc.runtime.bind import spec_of
+from effc.runtime.load import open_model
+from effc.runtime.objects import hash_of, identity_of
+from effc.runtime.remembered import Remembered
+from effc.runtime.store import Store, content_of
+from effc.specs.diagnostic import Diagnostic, EffcError, Label
+from effc.specs.recipe import Binding, Recipe, Ref, refs
+from effc.specs.source import Span
+
+
+class Opening:
+    """Opens the models and data of one recipe, each once."""
+
+    def __init__(self, recipe: Recipe, store: Store, tiny: bool) -> None:
+        self.recipe, self.store, self.tiny = recipe, store, tiny
+        self.remembered = Remembered(store.folder / "measured", store.aside)
+        self.warnings: list[Diagnostic] = []
+        self._data: dict[tuple[str, str], Any] = {}
+
+    def model(self, binding: Binding, models: Mapping[str, Model]) -> tuple[Model, str]:
+        """A model from outside, its weights not yet read, and the fingerprint of its content."""
+        model = open_model(binding.call, models, self.tiny)
+        return model, content_of(model, lambda name: self._tensor(model, name))
+
+    def data(self, name: str, model: Model) -> Any:
+        """The data of this name as packed for a model's tokenizer.
+
+        Raises:
+            EffcError: E62x; those without a place point at the binding.
+        """
+        binding = self.recipe.stage(name)
+        files = dict(model.tokenizer.files) if model.tokenizer else {}
+        key = (name, str(sorted(hash(item) for item in files.items())))
+        if key not in self._data:
+            with placed(binding.call.span or binding.span):
+                source = spec_of("data", binding.call)
+                place = self.store.folder
+                opened = small.open_data(source, files, place) if self.tiny else source.open(files, place)
+            self._data[key] = opened
+            self.warnings += [w for w in getattr(opened, "notices", ()) if w not in self.warnings]
+        return self._data[key]
+
+    def data_of(self, binding: Binding, model: Model) -> dict[str, Any]:
+        """Argument -> opened data, for every argument of a stage that names data."""
+        named = {k: v for k, v in binding.call.arguments.items() if isinstance(v, Ref)}
+        return {k: self.data(v.name, model) for k, v in named.items() if self._is(v, "data")}
+
+    def models_of(self, binding: Binding, models: Mapping[str, Model]) -> dict[str, Model]:
+        """Argument -> model, for every argument of a stage that names a model."""
+        named = {k: v for k, v in binding.call.arguments.items() if isinstance(v, Ref)}
+        return {k: models[v.name] for k, v in named.items() if self._is(v, "model")}
+
+    def names_within(self, binding: Binding) -> Iterable[Ref]:
+        """Everything that the arguments of a stage name, at any depth."""
+        return refs(binding.call.arguments)
+
+    def _is(self, ref: Ref, value: str) -> bool:
+        return self.recipe.stage(ref.name).value == value
+
+    def _tensor(self, model: Model, name: str) -> str:
+        """The fingerprint of one tensor; where a file holds it as it is, that of the file and the place."""
+        tensor = model.tensors()[name]
+        if not tensor.is_meta:
+            return identity_of(tensor)
+        lazy = model.weights[name]
+        if lazy.stored is None:
+            return identity_of(lazy.read())
+        return f"{self._file(lazy.stored.file)} {lazy.stored.offset} {list(lazy.shape)} {lazy.dtype}"
+
+    def _file(self, path: Path) -> str:
+        """BLAKE3 of a file, remembered by path, size, time of change and inode."""
+        stat = os.stat(path)
+        question = ["blake3", str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        return str(self.remembered.get(question, lambda: hash_of(path)))
+
+
+@contextmanager
+def placed(span: Span | None) -> Iterator[None]:
+    """Let diagnostics that know no place point here."""
+    try:
+        yield
+    except EffcError as error:
+        if span is None:
+            raise
+        found = (d if d.labels else replace(d, labels=(Label(span),)) for d in error.diagnostics)
+        raise EffcError(*found) from error
