@@ -135,6 +135,8 @@ def _run(job: Path, timeout: float) -> list[str]:
         )
     except subprocess.TimeoutExpired:
         return [f"no answer within {timeout:.0f} s"]
+    if done.returncode < 0:
+        return [f"the process was ended by signal {-done.returncode}", *done.stderr.strip().splitlines()[-2:]]
     return [] if done.returncode == 0 else done.stderr.strip().splitlines()[-3:]
 
 
@@ -236,6 +238,7 @@ def _llama_cpp(question: dict[str, Any], inputs: Tensor, mask: Tensor | None) ->
 
     count = question["new_tokens"]
     length = inputs.shape[1]
+    _without_repacking(llama_cpp.llama_cpp)
     model = llama_cpp.Llama(
         model_path=question["folder"],
         n_ctx=length + count,
@@ -262,6 +265,18 @@ def _llama_cpp(question: dict[str, Any], inputs: Tensor, mask: Tensor | None) ->
         torch.tensor(greedy, dtype=torch.int64).reshape(len(inputs), count),
         version,
     )
+
+
+def _without_repacking(library: Any) -> None:
+    """Use the weights as the file has them: llama.cpp's repacking AMX kernels crash on some machines."""
+    default = library.llama_model_default_params
+
+    def plain() -> Any:
+        parameters = default()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    library.llama_model_default_params = plain
 
 
 if __name__ == "__main__":

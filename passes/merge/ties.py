@@ -95,7 +95,8 @@ class Ties(Merge):
             keep = np.maximum(1, np.rint(self.density * total.sum(1))).astype(np.int64)
             return np.array([_bin_of(row, count) for row, count in zip(total, keep, strict=True)])
         low = [_bin_of(row, count)[0] for row, (_, count) in zip(total, known, strict=True)]
-        return ((known[:, 0] << 16) | np.array(low)).astype(np.uint32).view(np.float32)
+        bits: Array = ((known[:, 0] << 16) | np.array(low)).astype(np.uint32)
+        return bits.view(np.float32)
 
     def merge(self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare) -> Array:
         assert base is not None

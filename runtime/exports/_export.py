@@ -1,4 +1,4 @@
-"""Export: a format a model leaves in. Written aside, read by the real consumer in a fresh process, then published.
+"""Export: a format a model leaves in. Written aside, read by its consumer in a fresh process, then published.
 
 Shapes: B rows, T tokens, V vocabulary, N new tokens.
 """
@@ -39,9 +39,10 @@ class Verdict:
 
     @classmethod
     def of(cls, answer: Answer, want: Tensor, tolerance: float, chosen: Tensor | None = None) -> Self:
-        """Compare logits [B, T, V], and where given effc's logits [B, N, V] that led to the consumer's tokens.
+        """Compare logits [B, T, V], and effc's logits [B, N, V] where the consumer chose its tokens.
 
-        A token that is not effc's first choice is excused when effc holds the two for equal within the tolerance.
+        A token that is not effc's first choice is excused when effc holds the two for equal within the
+        tolerance.
 
         Raises:
             EffcError: E552 when they differ by more.
@@ -55,9 +56,8 @@ class Verdict:
             lag = float(((best - given) / chosen.square().mean().sqrt()).max())
             agreed = float((given == best).float().mean())
         if not error <= tolerance or lag > 4 * tolerance:
-            notes = [
-                f"{answer.version}: logits differ by {error:.2e} of their size, at most {tolerance:.0e} is allowed"
-            ]
+            measured = f"logits differ by {error:.2e} of their size, at most {tolerance:.0e} is allowed"
+            notes = [f"{answer.version}: {measured}"]
             if agreed is not None:
                 notes.append(f"{agreed:.0%} of the greedy tokens agree")
             raise EffcError(
@@ -65,7 +65,7 @@ class Verdict:
                     "E552",
                     "the consumer computes something else from the exported files",
                     notes=tuple(notes),
-                    help="nothing was published; this is a defect of the export, please report it with the model's config",
+                    help="nothing was published; please report it with the model's config",
                 )
             )
         return cls(answer.version, error, tolerance, agreed)

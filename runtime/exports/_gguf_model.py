@@ -1,7 +1,7 @@
-"""A decoder of the llama family as GGUF: what it can express, hyperparameters, tensors in llama.cpp's order.
+"""A decoder of the llama family as GGUF: what it can express, hyperparameters, tensors in order.
 
-Shapes: W [o, i], H heads of width h. llama.cpp rotates neighboring pairs in llama models, Hugging Face the two
-halves of a head; so rows of q and k are reordered, [H, 2, h/2] -> [H, h/2, 2].
+Shapes: W [o, i], H heads of width h. llama.cpp rotates neighboring pairs in llama models, Hugging Face the
+two halves of a head; so rows of q and k are reordered, [H, 2, h/2] -> [H, h/2, 2].
 """
 
 from __future__ import annotations
@@ -110,18 +110,20 @@ def _turned(rows: Tensor, heads: int) -> Tensor:
     """Halves of each head -> neighboring pairs, along the rows."""
     if not heads:
         return rows
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+    pairs: Tensor = rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+    return pairs
 
 
 def returned(rows: Tensor, heads: int) -> Tensor:
     """The inverse of what `numbers` did to the rows."""
     if not heads:
         return rows
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+    halves: Tensor = rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+    return halves
 
 
 def _blocks(q: Tensor, scale: Tensor, kind: str) -> Array:
-    """q [o, i] int8 and scale [o, i/32] -> [o, bytes]: a half-precision scale, then the codes of its group."""
+    """q [o, i] int8, scale [o, i/32] -> [o, bytes]: a half-precision scale, then the codes of its group."""
     rows, groups = scale.shape
     head = scale.to(torch.float16).contiguous().view(torch.uint8).reshape(rows, groups, 2)
     codes = q.reshape(rows, groups, BLOCK)
@@ -189,7 +191,8 @@ def _unfit(unit: nn.Module, wanted: str, model: Model) -> str | None:
                 and unit.scales.dtype == torch.float16
             )
             if not fits:
-                return f"{unit.bits} bits in groups of {unit.group}; GGUF takes 4 or 8 bits, group = 32, symmetric, fp16"
+                takes = "GGUF takes 4 or 8 bits, group = 32, symmetric, scale = fp16"
+                return f"{unit.bits} bits in groups of {unit.group}; {takes}"
         case Linear() | Embedding():
             inputs = getattr(unit, "in_features", 0) or getattr(unit, "width", 0)
             if wanted != "f16" and inputs % BLOCK:

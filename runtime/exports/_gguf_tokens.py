@@ -1,4 +1,4 @@
-"""A byte-level byte-pair tokenizer as GGUF metadata: tokens, kinds, merges, special numbers, splitting rule."""
+"""A byte-level byte-pair tokenizer as GGUF metadata: tokens, merges, special numbers, splitting rule."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from effc.specs.diagnostic import Diagnostic
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Kinds of token, as llama.cpp numbers them."""
 
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "llama-bpe"
-    ),
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": (
-        "qwen2"
-    ),
+    _WORDS + r"|\p{N}{1,3}|" + _REST: "llama-bpe",
+    _WORDS + r"|\p{N}|" + _REST: "qwen2",
 }
 """Regular expression of a pre-tokenizer -> the name by which llama.cpp knows it."""
 
