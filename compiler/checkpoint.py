@@ -1,4 +1,4 @@
-"""Read safetensors files without trusting them: the header is bounded and checked before anything is allocated.
+"""Read safetensors files without trusting them: a header is checked before anything is allocated.
 
 A file is eight bytes of header length n (little-endian), n bytes of JSON, then the tensors' bytes. Reading is
 by pread into fresh memory, never by mmap, which would count as resident.
@@ -124,8 +124,8 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     """The tensors of one safetensors file, by name.
 
     Raises:
-        EffcError: E415 for a header that is cut off, oversized, or describes tensors that overlap, leave gaps,
-            lie outside the file or do not have the bytes that their shape needs.
+        EffcError: E415 for a header that is cut off, oversized, or describes tensors that overlap, leave
+            gaps, lie outside the file or do not have the bytes that their shape needs.
     """
     try:
         size = path.stat().st_size
@@ -181,38 +181,47 @@ def _cover(path: Path, found: Mapping[str, TensorRef], base: int, size: int) -> 
         refuse("E415", path, f"the tensors end at byte {at}, the file at {size}")
 
 
-def within(folder: Path, name: str) -> Path:
-    """A file of a folder. Raises EffcError E416 when the name, or a link, leads out of it."""
+def within(folder: Path, name: str, root: Path | None = None) -> Path:
+    """A file of a folder; links may lead anywhere inside `root` (the folder itself where None).
+
+    Raises:
+        EffcError: E416 when the name, or a link, leads out, or what is there is no regular file.
+    """
     path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    real = path.resolve()
+    if not real.is_relative_to((root or folder).resolve()):
         refuse("E416", folder, f"{name[:120]!r} leads out of the folder")
+    if real.exists() and not real.is_file():
+        refuse("E416", folder, f"{name[:120]!r} is no regular file")
     return path
 
 
-def read_folder(folder: Path) -> dict[str, TensorRef]:
+def read_folder(folder: Path, root: Path | None = None) -> dict[str, TensorRef]:
     """All tensors of a model folder: one file, or shards named by an index.
 
     Raises:
-        EffcError: E414, E415, E416 as above, E417 when there are no safetensors, E418 when a shard is missing, two
-            shards hold the same tensor, or index and shards disagree.
+        EffcError: E414, E415, E416 as above, E417 when there are no safetensors, E418 when a shard is
+            missing, two shards hold the same tensor, or index and shards disagree.
     """
-    index = within(folder, "model.safetensors.index.json")
+    index = within(folder, "model.safetensors.index.json", root)
     if index.exists():
-        return _sharded(folder, index)
-    single = within(folder, "model.safetensors")
+        return _sharded(folder, index, root)
+    single = within(folder, "model.safetensors", root)
     if single.exists():
         return read_header(single)
     loose = sorted(p.name for p in folder.glob("*.safetensors"))
     if len(loose) == 1:
-        return read_header(within(folder, loose[0]))
+        return read_header(within(folder, loose[0], root))
     pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(p.name for p in folder.glob("*.pt"))
     if pickles:
         note = f"it holds {pickles[0]}, a pickle, which can run code when it is read"
-        refuse("E417", folder, note, "save the model again with `save_pretrained(..., safe_serialization=True)`")
+        refuse(
+            "E417", folder, note, "save the model again with `save_pretrained(..., safe_serialization=True)`"
+        )
     refuse("E417", folder, "there is no model.safetensors and no model.safetensors.index.json")
 
 
-def _sharded(folder: Path, index: Path) -> dict[str, TensorRef]:
+def _sharded(folder: Path, index: Path, root: Path | None) -> dict[str, TensorRef]:
     data = read_json(index)
     table = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(table, dict) or not table:
@@ -221,7 +230,7 @@ def _sharded(folder: Path, index: Path) -> dict[str, TensorRef]:
     for name in sorted(set(map(str, table.values()))):
         if not _SHARD.match(name):
             refuse("E416", index, f"the shard {name[:120]!r} is no plain file name")
-        path = within(folder, name)
+        path = within(folder, name, root)
         if not path.exists():
             refuse("E418", index, f"the shard {name} is missing")
         shards[name] = read_header(path)
