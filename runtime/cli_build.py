@@ -1,0 +1,122 @@
+"""`effc plan` and `effc compile`: check, plan, run, report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from effc.dsl.read import Checked
+from effc.runtime import front
+from effc.specs.diagnostic import Diagnostic
+
+CONTRACT_FAILED = 3
+
+
+def plan(options: argparse.Namespace) -> int:
+    """Print what every stage will cost; several settings give one plan each."""
+    from effc.compiler.plan_text import plan_text
+
+    records = [_planned(each, options) for each in front.checked(options.recipe, options.params)]
+    if options.json:
+        _print_json(records)
+    else:
+        print("\n".join(plan_text(record) for record in records), end="")
+    return 0
+
+
+def compile(options: argparse.Namespace) -> int:
+    """Plan, then run; exit code 3 when an `expect` or a contract did not hold."""
+    from effc.runtime.progress import observer
+    from effc.runtime.report import write
+    from effc.runtime.summary import summary
+
+    found = front.checked(options.recipe, options.params)
+    planned = [_planned(each, options) for each in found]
+    watch = observer(json_lines=False, quiet=options.quiet or options.json)
+    records, failed = [], False
+    for each, expected in zip(found, planned, strict=True):
+        result = front.compile(each.recipe, options.store, options.device, options.tiny, [watch])
+        record = result.as_json(expected) | _about(each, expected)
+        _finish_exports(record)
+        pages = [options.store / "reports" / f"{_named(each)}.html", *_beside(record)]
+        for page in pages if options.report is None else [*pages, options.report]:
+            write(record, page)
+        records.append(record)
+        failed = failed or result.exit_code != 0
+        if not options.json:
+            _say(result.warnings)
+            _say(result.problems)
+            print(summary(record), end="")
+            print(f"{'report':<7}{pages[0]}")
+    if options.json:
+        _print_json(records)
+    return CONTRACT_FAILED if failed else 0
+
+
+def _planned(each: Checked, options: argparse.Namespace) -> dict[str, Any]:
+    from effc.runtime.machine import chosen_target, disk_free
+
+    target = chosen_target(options.target, options.device)
+    made = front.plan(each.recipe, options.store, target, options.device, options.tiny)
+    if not options.json:
+        _say((*each.warnings, *made.warnings))
+    return made.as_json() | {"settings": dict(each.settings), "disk_free": disk_free(options.store)}
+
+
+def _about(each: Checked, expected: dict[str, Any]) -> dict[str, Any]:
+    """What the page says beside the numbers: when, where, from which text."""
+    from datetime import datetime
+
+    source = each.recipe.source
+    return {
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+        "machine": expected["target"]["summary"],
+        "settings": dict(each.settings),
+        "text": source.text if source else "",
+        "kernels": "Every operation ran on the reference path (torch); no generated kernel was used.",
+    }
+
+
+def _finish_exports(record: dict[str, Any]) -> None:
+    """Size on disk, and for Hugging Face folders the command line that evaluates them."""
+    from effc.specs.units import fmt_bytes
+
+    for export in record["exports"]:
+        place = Path(export["path"])
+        if export["refused"] or not place.exists():
+            continue
+        files = [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
+        export["size"] = fmt_bytes(sum(p.stat().st_size for p in files))
+        if export["format"] in ("hf", "compressed_tensors"):
+            export["evaluate"] = (
+                f"lm_eval --model hf --model_args pretrained={place} --tasks lambada_openai --batch_size 8"
+            )
+
+
+def _beside(record: dict[str, Any]) -> list[Path]:
+    """The report travels inside each artefact."""
+    return [
+        Path(e["path"]) / "report.html"
+        for e in record["exports"]
+        if e["format"] == "artifact" and not e["refused"]
+    ]
+
+
+def _named(each: Checked) -> str:
+    """`shrink`, or `shrink-bits=3` in a sweep."""
+    settings = "".join(f"-{name}={value}" for name, value in each.settings.items())
+    return "".join(c if c.isalnum() or c in "-_=." else "_" for c in f"{each.recipe.name}{settings}")
+
+
+def _say(diagnostics: Iterable[Diagnostic]) -> None:
+    for diagnostic in diagnostics:
+        print(diagnostic.render(), file=sys.stderr)
+
+
+def _print_json(records: list[dict[str, Any]]) -> None:
+    """One recipe is an object; a sweep is a list of them."""
+    print(json.dumps(records[0] if len(records) == 1 else records, indent=2))
