@@ -95,7 +95,9 @@ def _track(source: Source, token: Token, opened: list[Token], chunk: Chunk) -> N
     if token.type in _OPEN:
         opened.append(token)
         if len(opened) > DEEPEST:
-            label = Label(Span(source, token.start, token.end), f"this is bracket {len(opened)} inside another")
+            label = Label(
+                Span(source, token.start, token.end), f"this is bracket {len(opened)} inside another"
+            )
             chunk.problem = chunk.problem or Diagnostic(
                 "E108", f"brackets are nested deeper than {DEEPEST}", [label], help="name the inner values"
             )
@@ -154,7 +156,9 @@ def _no_token(source: Source, at: int, end: int, chunk: Chunk) -> int:
             help=_INSTEAD[character],
         )
     else:
-        named = f"`{character}`" if character.isprintable() else f"the control character {ord(character):#04x}"
+        named = (
+            f"`{character}`" if character.isprintable() else f"the control character {ord(character):#04x}"
+        )
         problem = Diagnostic(
             "E105",
             f"{named} has no meaning outside a string",

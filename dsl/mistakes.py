@@ -47,11 +47,15 @@ def _said(
     first = tokens[0].text
     found = f"`{wrong.text[:40]}`" if wrong.text else "the end of the line"
     if before is None:
-        return f"no statement begins with {found}", "statements: " + ", ".join(_FORMS.values()) + ", NAME = stage"
+        return f"no statement begins with {found}", "statements: " + ", ".join(
+            _FORMS.values()
+        ) + ", NAME = stage"
     if place == 1 and tokens[0].type == "NAME" and first not in _FORMS and wrong.type in ("NAME", "STRING"):
         near = get_close_matches(first, (*KEYWORDS, "effc"), n=1, cutoff=0.6)
         return f"no statement begins with `{first}`", (
-            f"did you mean `{near[0]}`?" if near else f"it has: {', '.join(KEYWORDS)}, or NAME = family.method(...)"
+            f"did you mean `{near[0]}`?"
+            if near
+            else f"it has: {', '.join(KEYWORDS)}, or NAME = family.method(...)"
         )
     if place == 1 and first in _FORMS and wrong.type == "EQUAL":
         return f"`{first}` is a word of the language and cannot be bound", f"write {_FORMS[first]}"
@@ -113,7 +117,10 @@ def would_bind(tokens: Sequence[Token]) -> set[str]:
 def wrong_number(digits: str) -> tuple[str, str | None] | None:
     """What is wrong with a literal's digits, and what to write; None when nothing is."""
     if len(digits) > LONGEST_NUMBER:
-        return f"a number has at most {LONGEST_NUMBER} digits, not {len(digits)}", "write it with an exponent or a unit"
+        return (
+            f"a number has at most {LONGEST_NUMBER} digits, not {len(digits)}",
+            "write it with an exponent or a unit",
+        )
     if "_" in digits:
         return "digits are written without `_`", f"write {digits.replace('_', '')}"
     if len(digits) > 1 and digits.isdigit() and digits[0] == "0":

@@ -1,0 +1,363 @@
+"""Level 2: may the stages follow each other? Facts flow from model to model; each stage's contract is held to them.
+
+A fact about a region holds, fails, or is unknown until the model's own names are read (level 3). Only what
+certainly fails is reported here, with an order that would be legal where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from effc.specs.catalogue import Catalogue, Entry
+from effc.specs.diagnostic import Diagnostic, Label
+from effc.specs.facts import Claim, claim, export_rules, facts
+from effc.specs.recipe import Binding, Call, Export, Recipe, Ref
+from effc.specs.selector import Name, Selector, SelectorError
+from effc.specs.source import Span
+
+_DEFAULT = ("attention", "mlp", "moe.experts", "linear")
+_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80)
+"""Numbers of layers on which overlaps are tried while the model is unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Part of a model: all of it, or what `select`, `except` and `rules` of a stage take in."""
+
+    select: tuple[str, ...] | None = None
+    except_: tuple[str, ...] = ()
+    rules: tuple[tuple[str, bool], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A fact that a stage gave to a region."""
+
+    fact: str
+    region: Region
+    by: str
+
+
+State = tuple[Held, ...]
+
+
+def check_order(recipe: Recipe, catalogue: Catalogue) -> list[Diagnostic]:
+    """Everything that is certainly wrong in the order of stages and exports."""
+    found: list[Diagnostic] = []
+    states: dict[str, State] = {}
+    known = {binding.name: binding for binding in recipe.bindings}
+    for binding in recipe.bindings:
+        if binding.keyword == "data":
+            continue
+        entry = catalogue.find(binding.call.kind)
+        if entry is None:
+            continue
+        if entry.role == "model":
+            states[binding.name] = _loaded(binding)
+            continue
+        before = [states.get(ref.name, ()) for ref in binding.call.models]
+        found += _needs(binding, entry, before, known, catalogue)
+        found += _losses(binding, entry, before, known, catalogue)
+        states[binding.name] = _after(binding, entry, before)
+    for export in recipe.exports:
+        found += _export(export, states.get(export.model, ()), known, catalogue)
+    found += _unhealed(recipe, catalogue)
+    return found
+
+
+def _loaded(binding: Binding) -> State:
+    """A model just loaded is dense; one with an adapter has it."""
+    return (Held("adapter", Region(), binding.name),) if binding.call.kind == "adapter" else ()
+
+
+def _after(binding: Binding, entry: Entry, before: Sequence[State]) -> State:
+    """What holds after a stage: what every input had and it keeps, and what it gives."""
+    kept = {claim(text).fact for text in entry.keeps}
+    broken = {claim(text).fact for text in entry.breaks}
+    given = [c for c in map(claim, entry.gives) if c.applies(_arguments(binding.call, entry))]
+    state = [held for held in _shared(before) if held.fact not in broken and _survives(held, entry, kept)]
+    if any(c.fact == "dense" for c in given):  # folds and dequantizers give dense weights back
+        state = [held for held in state if "dense" not in facts()[held.fact].excludes]
+    return (*state, *(Held(c.fact, _region(c, binding.call), binding.name) for c in given))
+
+
+def _survives(held: Held, entry: Entry, kept: set[str]) -> bool:
+    return held.fact in kept or facts()[held.fact].of == "structure" or entry.contract == "EXACT"
+
+
+def _shared(before: Sequence[State]) -> State:
+    """Facts of a first model that all others have as well; of layout facts one model's are enough to matter."""
+    return tuple(dict.fromkeys(held for state in before for held in state))
+
+
+def _needs(
+    binding: Binding,
+    entry: Entry,
+    before: Sequence[State],
+    known: Mapping[str, Binding],
+    catalogue: Catalogue,
+) -> Iterator[Diagnostic]:
+    """Needs that certainly fail, one diagnostic for each stage that is in the way."""
+    arguments = _arguments(binding.call, entry)
+    needs = [c for c in map(claim, entry.needs) if c.applies(arguments)]
+    if entry.contract == "TRAIN" and not any("adapter" in text for text in entry.gives):
+        needs.append(Claim("trainable", "model"))
+    told: set[str] = set()
+    for need in needs:
+        region = _region(need, binding.call)
+        for ref, state in zip(binding.call.models, before, strict=True):
+            if not facts()[need.fact].loaded:
+                if not any(need.fact in (h.fact, *facts()[h.fact].implies) for h in state):
+                    yield _never_given(binding, need, ref)
+                continue
+            if any(need.fact in facts()[held.fact].implies for held in state):
+                continue
+            for held in state:
+                wrong = need.fact in facts()[held.fact].excludes and overlap(held.region, region)
+                if wrong and held.by not in told:
+                    told.add(held.by)
+                    yield _in_the_way(binding, need, held, known, catalogue)
+
+
+def _losses(
+    binding: Binding,
+    entry: Entry,
+    before: Sequence[State],
+    known: Mapping[str, Binding],
+    catalogue: Catalogue,
+) -> Iterator[Diagnostic]:
+    """Work of earlier stages that this one would undo."""
+    kept = {claim(text).fact for text in entry.keeps}
+    broken = {claim(text).fact for text in entry.breaks}
+    told: set[str] = set()
+    for held in _shared(before):
+        kind = facts()[held.fact]
+        lost = held.fact in broken or not _survives(held, entry, kept)
+        if not lost or held.by in told or kind.of != "values" or _refused(entry, held, binding):
+            continue
+        if not _touches(binding, entry, held):
+            continue
+        told.add(held.by)
+        giver = known[held.by]
+        swap = _legal_swap(giver, binding, catalogue)
+        labels = [
+            Label(_call_span(binding), f"`{binding.name}` rewrites them"),
+            Label(_call_span(giver), "given here"),
+        ]
+        title = f"`{binding.call.kind}` would undo what `{giver.call.kind}` did"
+        notes = [
+            f"after `{held.by}` the weights {kind.says}: {held.fact}",
+            f"`{entry.kind}` does not keep that",
+        ]
+        if swap:
+            yield Diagnostic("E304", title, labels, notes, f"a legal order is:\n{swap}")
+        else:
+            yield Diagnostic("W205", title, labels, notes, "expect no saving from it", "warning")
+
+
+def _refused(entry: Entry, held: Held, binding: Binding) -> bool:
+    """Whether a need of the stage already fails because of this fact, so that it is not told twice."""
+    needs = {claim(text).fact for text in entry.needs} | (
+        {"trainable"} if entry.contract == "TRAIN" else set()
+    )
+    return bool(needs & set(facts()[held.fact].excludes))
+
+
+def _touches(binding: Binding, entry: Entry, held: Held) -> bool:
+    """Whether the stage certainly writes weights where the fact holds."""
+    if entry.parameter("select") is None:
+        return True
+    return overlap(held.region, _selected(binding.call)) is True
+
+
+def _in_the_way(
+    binding: Binding, need: Claim, held: Held, known: Mapping[str, Binding], catalogue: Catalogue
+) -> Diagnostic:
+    kind, giver = facts()[held.fact], known[held.by]
+    labels = [
+        Label(_call_span(binding), f"needs {need.fact} weights"),
+        Label(_call_span(giver), f"made them {held.fact}"),
+    ]
+    notes = [f"after `{held.by}` the weights {kind.says}"]
+    title = f"`{binding.call.kind}` cannot follow `{giver.call.kind}`"
+    if kind.cure and catalogue.find(kind.cure):
+        whole = f"{held.by}_folded"
+        help_ = f"fold it in first:\n{whole} = {kind.cure}({held.by})\n{binding.name} = {binding.call.kind}({whole}, ...)"
+    elif giver.call.kind == binding.call.kind or _family(giver) == _family(binding) == "quantize":
+        help_ = (
+            f"quantize once: use rules for other bits in places, or take `{binding.name}` or `{held.by}` out"
+        )
+    elif swap := _legal_swap(giver, binding, catalogue):
+        help_ = f"a legal order is:\n{swap}"
+    elif need.fact == "trainable" and catalogue.find("adapt.lora"):
+        help_ = f"train before `{held.by}`, or train an adapter: {binding.name} = adapt.lora({held.by}, ...)"
+    else:
+        help_ = (
+            f"let `{binding.name}` start from {giver.call.models[0]}"
+            if giver.call.models
+            else "leave one of them out"
+        )
+    return Diagnostic("E301", title, labels, notes, help_)
+
+
+def _never_given(binding: Binding, need: Claim, ref: Ref) -> Diagnostic:
+    label = Label(_call_span(binding), f"needs models whose weights {facts()[need.fact].says}")
+    help_ = {
+        "adapter": f'put adapt.lora(...) before it, or read one: model NAME = adapter("...", on = {ref.name})',
+    }.get(need.fact, f"let a stage give {need.fact} before")
+    return Diagnostic("E301", f"`{binding.call.kind}` finds no {need.fact} in `{ref}`", [label], help=help_)
+
+
+def _legal_swap(first: Binding, second: Binding, catalogue: Catalogue) -> str | None:
+    """The two stages the other way round, as lines, if their contracts allow that."""
+    one, two = catalogue.find(first.call.kind), catalogue.find(second.call.kind)
+    if one is None or two is None or one.role != "method" or not first.call.models:
+        return None
+    after = _after(second, two, [()])
+    if any(_needs(first, one, [after] * len(first.call.models), {second.name: second}, catalogue)):
+        return None
+    kept = {claim(text).fact for text in one.keeps}
+    if any(not _survives(held, one, kept) and _touches(first, one, held) for held in after):
+        return None
+    start = str(first.call.models[0])
+    others = [str(ref) for ref in second.call.models if ref.name != first.name]
+    takes = f"[{', '.join([start, *others])}]" if two.models[1] != 1 else start
+    return f"{second.name} = {two.kind}({takes}, ...)\n{first.name} = {one.kind}({second.name}, ...)"
+
+
+def _export(
+    export: Export, state: State, known: Mapping[str, Binding], catalogue: Catalogue
+) -> Iterator[Diagnostic]:
+    rule = export_rules().get(export.call.kind)
+    if rule is None or (rule.unless and export.call.arguments.get(rule.unless) is True):
+        return
+    have = {e.kind for e in catalogue.of_role("export")}
+    instead = [name for name in rule.instead if name in have]
+    fits = [n for n in instead if _holds(n, state)]
+    span = export.call.span or export.span
+    assert span is not None
+    for held in state:
+        if held.fact in rule.refuses:
+            others = " or ".join(f"{name}(...)" for name in fits)
+            help_ = f"export as {others}" if others else "leave this format out"
+            entry = catalogue.find(export.call.kind)
+            if rule.unless and entry and entry.parameter(rule.unless):
+                help_ += f", or write {rule.unless} = true to store plain numbers again"
+            cure = facts()[held.fact].cure
+            if cure and catalogue.find(cure):
+                help_ = f"fold it in first: {held.by}_folded = {cure}({export.model})"
+            label = Label(_call_span(known[held.by]), f"made them {held.fact}")
+            note = f"after `{held.by}` the weights {facts()[held.fact].says}"
+            title = f"`{export.call.kind}` cannot hold {held.fact} weights"
+            yield Diagnostic("E303", title, [Label(span), label], [note], help_)
+            return
+    for need in rule.needs:
+        if not any(need == held.fact for held in state):
+            title = f"`{export.call.kind}` holds {need} weights, and `{export.model}` has none"
+            help_ = f"export as {' or '.join(f'{n}(...)' for n in fits)}" if fits else None
+            yield Diagnostic("E303", title, [Label(span)], help=help_)
+
+
+def _holds(name: str, state: State) -> bool:
+    rule = export_rules().get(name)
+    given = {held.fact for held in state}
+    return rule is None or (not given & set(rule.refuses) and set(rule.needs) <= given)
+
+
+def _unhealed(recipe: Recipe, catalogue: Catalogue) -> Iterator[Diagnostic]:
+    """Stages meant to be trained afterwards that no training follows."""
+    children: dict[str, list[Binding]] = {}
+    for binding in recipe.bindings:
+        for ref in binding.call.models:
+            children.setdefault(ref.name, []).append(binding)
+    for binding in recipe.bindings:
+        entry = catalogue.find(binding.call.kind)
+        if entry is None or entry.contract != "HEALED":
+            continue
+        todo, seen = [binding.name], set[str]()
+        while todo:
+            name = todo.pop()
+            for child in children.get(name, ()):
+                if child.name not in seen:
+                    seen.add(child.name)
+                    todo.append(child.name)
+        after = [e for b in recipe.bindings if b.name in seen and (e := catalogue.find(b.call.kind))]
+        if not any(e.contract == "TRAIN" for e in after):
+            data = next((b.name for b in recipe.bindings if b.value == "data"), "DATA")
+            base = next((b.name for b in recipe.bindings if b.keyword == "model"), "MODEL")
+            help_ = f"heal it: {binding.name}_healed = distill.logits({binding.name}, teacher = {base}, data = {data}, steps = 200)"
+            yield Diagnostic("W204", f"`{binding.name}` is not trained after `{entry.kind}`", [Label(_call_span(binding))],
+                             ["its loss is far off until a training stage heals it"], help_, "warning")  # fmt: skip
+
+
+# ---- regions
+
+
+def overlap(a: Region, b: Region) -> bool | None:
+    """Whether two regions share a module: certainly, certainly not, or None where it depends on the model."""
+    if a.select is None or b.select is None or a == b:
+        return True
+    found = {bool(_modules(a, n) & _modules(b, n)) for n in _SIZES}
+    return found.pop() if len(found) == 1 else None
+
+
+@cache
+def _modules(region: Region, layers: int) -> frozenset[str]:
+    """The region in a decoder of so many layers."""
+    names = _decoder(layers)
+    try:
+        taken = {p for text in region.select or _DEFAULT for p in Selector.parse(text).match(names)}
+        taken -= {p for text in region.except_ for p in Selector.parse(text).match(names)}
+        for text, skip in region.rules:
+            paths = set(Selector.parse(text).match(names))
+            taken = taken - paths if skip else taken | paths
+    except SelectorError:
+        return frozenset()
+    return frozenset(taken)
+
+
+@cache
+def _decoder(layers: int) -> tuple[Name, ...]:
+    inner = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down",
+             "moe.router", "moe.experts.gate", "moe.experts.up", "moe.experts.down")  # fmt: skip
+    deep = [Name(f"layers.{i}.{role}", role, i) for i in range(layers) for role in inner]
+    return (Name("embedding", "embedding"), *deep, Name("head", "head"))
+
+
+def _region(c: Claim, call: Call) -> Region:
+    if c.region == "select":
+        return _selected(call)
+    return Region() if c.region == "model" else Region((c.region,))
+
+
+def _selected(call: Call) -> Region:
+    rules = call.arguments.get("rules") or ()
+    assert isinstance(rules, tuple)
+    return Region(
+        _texts(call.arguments.get("select")) or _DEFAULT,
+        _texts(call.arguments.get("except")),
+        tuple((str(r["on"]), bool(r.get("skip"))) for r in rules if isinstance(r, Mapping)),
+    )
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(str(v) for v in value) if isinstance(value, tuple) else ()
+
+
+def _arguments(call: Call, entry: Entry) -> dict[str, Any]:
+    """What is given and, where nothing is, the defaults."""
+    return {**{p.name: p.default for p in entry.parameters}, **call.arguments}
+
+
+def _family(binding: Binding) -> str:
+    return binding.call.kind.partition(".")[0]
+
+
+def _call_span(binding: Binding) -> Span:
+    """The method's name where it was written."""
+    span = binding.call.span or binding.span
+    assert span is not None
+    return Span(span.source, span.start, min(span.end, span.start + len(binding.call.kind)))
