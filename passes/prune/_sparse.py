@@ -55,7 +55,7 @@ class Sparse(Selects):
             if method.pattern != "unstructured" and method.sparsity != 0.5:
                 yield Diagnostic(
                     "E325",
-                    f"the pattern {method.pattern} of `{self.kind}` fixes `sparsity`, now {method.sparsity:.0%}",
+                    f"the pattern {method.pattern} of `{self.kind}` means 50%, not {method.sparsity:.0%}",
                     notes=(f"at {path}",),
                     help="leave `sparsity` out, or use pattern = unstructured",
                 )

@@ -26,8 +26,10 @@ from effc.specs.units import Share, Unit
 
 
 class GPTQ(Uniform, Calibrate):
-    """Choose codes that keep a layer's outputs: with H = 2 E[x x^T] of its inputs and inv(H) = U^T U, for
-    every column j: q_j = round(w_j), e = (w_j - q_j) / U_jj, and W[:, j:] -= e U[j, j:].
+    """Round weights so that the layer's outputs stay, not the weights: later columns make up for earlier ones.
+
+    With H = 2 E[x x^T] of the layer's inputs and inv(H) = U^T U, for every column j:
+    q_j = round(w_j), e = (w_j - q_j) / U_jj, W[:, j:] -= e U[j, j:].
 
     Layers run in order, each on what the quantized layers before it produce; q, k, v share one H, and so do
     gate and up. A table that is looked up sees no inputs and is rounded to nearest, as is an expert that no

@@ -1,0 +1,126 @@
+"""Facts, measured: a predicate for every symbolic name that a contract may use.
+
+Checking a recipe reasons with the names alone (`specs/facts.yaml`); after a stage, its promises are measured
+here. A region is the list of module paths that a fact speaks of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from effc.compiler.blocks.embedding import Embedding
+from effc.compiler.blocks.linear import Linear, StackedLinear
+from effc.compiler.blocks.lora_linear import LoraLinear
+from effc.compiler.blocks.low_rank_linear import LowRankLinear
+from effc.compiler.blocks.quant_linear import Packed
+from effc.compiler.contract import Fact
+from effc.compiler.method import Method
+from effc.compiler.model import Model
+from effc.compiler.selects import Selects
+
+Predicate = Callable[[Model, Sequence[str]], bool]
+
+
+def region(fact: Fact, method: Method | None, model: Model) -> list[str]:
+    """The module paths that a fact speaks of: what the method selects, a role, or all that hold weights."""
+    if fact.region == "select" and isinstance(method, Selects):
+        return [path for path in method.targets(model) if path in model.roles]
+    if fact.region in ("select", "model"):
+        return list(model.roles)
+    return model.paths(fact.region)
+
+
+def holds(fact: Fact, model: Model, method: Method | None = None, paths: Iterable[str] | None = None) -> bool:
+    """Measure one fact. `paths` is its region where the caller knows it, e.g. from before the stage.
+
+    Raises:
+        KeyError: no predicate measures a fact of this name.
+    """
+    where = region(fact, method, model) if paths is None else [p for p in paths if p in model.roles]
+    return PREDICATES[fact.name](model, where)
+
+
+def facts_of(model: Model) -> dict[str, bool]:
+    """Every fact, measured over the whole model."""
+    return {name: predicate(model, list(model.roles)) for name, predicate in PREDICATES.items()}
+
+
+def dense(model: Model, paths: Sequence[str]) -> bool:
+    """Weights are plain numbers: neither packed nor factored nor with an adapter beside them."""
+    return not any(isinstance(model.module(p), Packed | LowRankLinear | LoraLinear) for p in paths)
+
+
+def packed(model: Model, paths: Sequence[str]) -> bool:
+    """Every weight matrix is stored as packed integers."""
+    units = [model.module(p) for p in paths]
+    matrices = [
+        u for u in units if isinstance(u, Packed | Linear | StackedLinear | Embedding | LowRankLinear)
+    ]
+    return bool(matrices) and all(isinstance(u, Packed) for u in matrices)
+
+
+def low_rank(model: Model, paths: Sequence[str]) -> bool:
+    """Every linear is a product of two thin matrices."""
+    units = [model.module(p) for p in paths if isinstance(model.module(p), LowRankLinear | Linear | Packed)]
+    return bool(units) and all(isinstance(u, LowRankLinear) for u in units)
+
+
+def adapter(model: Model, paths: Sequence[str]) -> bool:
+    """Some linear has an adapter beside it."""
+    return any(isinstance(model.module(p), LoraLinear) for p in paths)
+
+
+def tied(model: Model, paths: Sequence[str]) -> bool:
+    """Some tensor serves more than one place."""
+    names = {name for pair in model.ties().items() for name in pair}
+    return any(name.startswith(f"{path}.") for path in paths for name in names)
+
+
+def sparse(model: Model, paths: Sequence[str]) -> bool:
+    """Every weight matrix holds zeros."""
+    weights = list(_weights(model, paths))
+    return bool(weights) and all(bool((w == 0).any()) for w in weights)
+
+
+def sparse_in_groups(n: int, m: int) -> Predicate:
+    """In each m neighboring inputs of every row, at most n weights are not zero."""
+
+    def every_group(model: Model, paths: Sequence[str]) -> bool:
+        weights = list(_weights(model, paths))
+        return bool(weights) and all(_in_groups(w, n, m) for w in weights)
+
+    return every_group
+
+
+PREDICATES: Mapping[str, Predicate] = {
+    "adapter": adapter,
+    "dense": dense,
+    "low_rank": low_rank,
+    "packed": packed,
+    "sparse": sparse,
+    "sparse_2_4": sparse_in_groups(2, 4),
+    "sparse_4_8": sparse_in_groups(4, 8),
+    "tied": tied,
+}
+"""Name -> how it is measured."""
+
+
+def _in_groups(w: Tensor, n: int, m: int) -> bool:
+    if w.shape[1] % m:
+        return False
+    return bool(((w.view(w.shape[0], -1, m) != 0).sum(-1) <= n).all())
+
+
+def _weights(model: Model, paths: Sequence[str]) -> Iterable[Tensor]:
+    """The weight matrices [R, i] at paths, packed ones unpacked, one at a time; meta ones are left out."""
+    for path in paths:
+        unit: nn.Module = model.module(path)
+        if isinstance(unit, Packed):
+            yield unit.dense()
+        elif isinstance(unit, Linear | StackedLinear | Embedding | nn.Linear):
+            weight = unit.get_parameter("weight")
+            if not weight.is_meta and torch.is_floating_point(weight):
+                yield weight.detach().flatten(0, -2)

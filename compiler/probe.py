@@ -1,0 +1,122 @@
+"""Probe: run a model before and after a stage on the same inputs; the difference against the contract.
+
+Shapes: ids [B, T]; outputs [B, T, V]. An error is max |after - before| over the range of `before`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effc.compiler.contract import EXACT_FLOAT32, Contract
+from effc.compiler.facts import facts_of, holds
+from effc.compiler.method import Method
+from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
+from effc.compiler.shapes import Rewrite
+
+SHAPES = ((2, 24), (1, 7))
+"""Two unequal batch sizes and lengths of random probe inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What was measured about one stage."""
+
+    fidelity: str
+    """The contract in words."""
+    limit: float | None
+    error: float
+    """Largest error over all probe inputs, in the model's own dtype."""
+    error_float64: float | None
+    """The same where the stage edits a float64 clone of the model; measured for EXACT alone."""
+    broken: tuple[str, ...]
+    """Promised facts that do not hold."""
+    facts: Mapping[str, bool]
+    """Every fact about the model after the stage."""
+
+    @property
+    def held(self) -> bool:
+        """Whether the contract was kept."""
+        if self.broken:
+            return False
+        if self.error_float64 is not None:
+            return self.error_float64 <= (self.limit or 0.0) and self.error <= EXACT_FLOAT32
+        return self.limit is None or self.error <= self.limit
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "fidelity": self.fidelity,
+            "limit": self.limit,
+            "error": self.error,
+            "error_float64": self.error_float64,
+            "broken": list(self.broken),
+            "facts": dict(self.facts),
+            "held": self.held,
+        }
+
+
+def probe(
+    method: Method, before: Model, after: Model, heldout: Sequence[Tensor] = (), seed: int = 0
+) -> Probe:
+    """Measure the contract of `method` on random ids and on `heldout` ids [B, T]. Both need weights."""
+    contract = method.contract
+    inputs = [*random_ids(before, seed), *heldout]
+    exact = contract.fidelity.name == "EXACT"
+    with torch.no_grad():
+        error = max(difference(before(ids), after(ids)) for ids in inputs)
+        wide = None
+        if exact:
+            left = widened(before)
+            right = _again(method, left) if isinstance(method, Rewrite) else widened(after)
+            wide = max(difference(left(ids), right(ids)) for ids in inputs)
+    return Probe(
+        str(contract.fidelity),
+        contract.fidelity.tolerance,
+        error,
+        wide,
+        tuple(broken(method, before, after, contract)),
+        facts_of(after),
+    )
+
+
+def broken(method: Method, before: Model, after: Model, contract: Contract) -> list[str]:
+    """Facts that the contract gives, whose condition is met, and that do not hold after the stage."""
+    return [str(f) for f in contract.gives if f.applies(method) and not holds(f, after, method)]
+
+
+def random_ids(model: Model, seed: int) -> list[Tensor]:
+    """Token ids of the model's vocabulary, in two shapes."""
+    vocabulary = int(getattr(model.module("embedding"), "vocab", 2))
+    stream = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocabulary, shape, generator=stream) for shape in SHAPES]
+
+
+def difference(before: Tensor, after: Tensor) -> float:
+    """max |after - before| over the range of `before`; infinite when shapes differ or a number is NaN."""
+    if before.shape != after.shape or not bool(torch.isfinite(after).all()):
+        return float("inf")
+    left, right = before.double(), after.double()
+    span = float(left.max() - left.min())
+    gap = float((right - left).abs().max())
+    return gap / span if span > 0 else (0.0 if gap == 0 else float("inf"))
+
+
+def _again(method: Rewrite, model: Model) -> Model:
+    """The same edit made in float64, so that rounding to the model's dtype does not count as an error."""
+    rw = Rewriter(model, method.kind)
+    method.rewrite(rw)
+    return rw.done()
+
+
+def widened(model: Model) -> Model:
+    """A clone whose floating-point tensors are float64."""
+    clone = model.clone()
+    for name, tensor in clone.tensors().items():
+        if tensor.is_floating_point():
+            clone.place(name, tensor.double())
+    return clone
