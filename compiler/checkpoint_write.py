@@ -1,4 +1,4 @@
-"""Write safetensors as a stream: the header from shapes first, then tensor after tensor, synced, then renamed."""
+"""Write safetensors as a stream: the header from shapes, then tensor after tensor, synced, then renamed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Where models come from: one file for each kind of source, e.g. `load(...)`, `new(...)`."""
+"""Where models come from: one file for each source that a recipe can name."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -17,7 +18,8 @@ from effc.compiler.importer import build, tokenizer_files
 from effc.compiler.model import Model
 from effc.compiler.weights import LazyTensor
 from effc.runtime.data._vocabulary import Vocabulary
-from effc.specs.base import Spec
+from effc.runtime.models._source import ModelSource
+from effc.runtime.smaller import smaller
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.units import Count
 
@@ -26,7 +28,7 @@ _DEEP = (".o.weight", ".down.weight")
 """Weights that write into the residual stream; they begin smaller, the more layers add up."""
 
 
-class New(Spec):
+class New(ModelSource):
     """A decoder that has learned nothing yet: normal weights of deviation 0.02, gains of one, a tied head.
 
     Weights that write into the residual stream begin smaller by sqrt(2 layers). Train it with adapt.full.
@@ -57,7 +59,7 @@ class New(Spec):
             raise ValueError(f"kv_heads must divide heads: {self.heads} / {self.kv_heads}")
         return self
 
-    def open(self) -> Model:
+    def open(self, models: Mapping[str, Model], tiny: bool = False) -> Model:
         """The model; its weights are drawn when they are read, each from the seed and its own name.
 
         Raises: E625 when the folder holds no tokenizer that can be read.
@@ -71,7 +73,7 @@ class New(Spec):
         model = build(family, self._config(vocabulary, family.classes[0]), _DTYPES[self.dtype])
         model.tokenizer = found
         model.weights = {name: self._lazy(name, tensor) for name, tensor in model.tensors().items()}
-        return model
+        return smaller(model) if tiny else model
 
     def _config(self, vocabulary: Vocabulary, written: str) -> dict[str, Any]:
         """config.json as transformers writes it."""

@@ -1,0 +1,38 @@
+"""ModelSource: what `model base = load(...)` names; it gives a model whose weights are read when needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from effc.compiler.model import Model
+from effc.specs.base import Spec
+
+_HERE = "effc.runtime.models."
+
+
+class ModelSource(Spec):
+    """Base of every source of models."""
+
+    examples: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        name = cls.__module__.removeprefix(_HERE)
+        if cls.__module__.startswith(_HERE) and not name.startswith("_"):
+            cls.kind = name
+            bare = [field for field, info in cls.model_fields.items() if not info.description]
+            if bare or not cls.__dict__.get("__doc__") or not getattr(cls, "examples", ()):
+                lacks = f"a description of {', '.join(bare)}" if bare else "a docstring or examples"
+                raise TypeError(f"{cls.__module__}.{cls.__name__} lacks {lacks}")
+
+    def open(self, models: Mapping[str, Model], tiny: bool = False) -> Model:
+        """The model; only configs and headers are read now.
+
+        Args:
+            models: those of the recipe so far, for a source that builds on another model.
+            tiny: give a small random copy instead.
+
+        Raises: E41x and E43x for files, E44x when there is no such model.
+        """
+        raise NotImplementedError
