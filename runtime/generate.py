@@ -6,12 +6,15 @@ Shapes: ids [B, T] int64, padded on the left where lengths differ; attention_mas
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from effc.compiler.blocks import Attention
+from effc.compiler.blocks.rope import changes
 from effc.compiler.model import Model
 from effc.compiler.step import Cache
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -58,6 +61,7 @@ def generate(
     cache = Cache(ids.shape[1] + max_new_tokens)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     stops = torch.tensor(sorted(eos), dtype=ids.dtype, device=ids.device)
+    ropes = _ropes(model)
     out, new = ids, ids
     with torch.inference_mode():
         for _ in range(max_new_tokens):
@@ -70,8 +74,11 @@ def generate(
             if bool(ended.all()):
                 break
             new = token[:, None]
+            lengths = _lengths(out[:, :-1], mask)
             if mask is not None:
                 mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+            if any(changes(rope, n) for rope in ropes for n in lengths):
+                new, cache = out, Cache(ids.shape[1] + max_new_tokens)
     return out.clone()
 
 
@@ -113,6 +120,23 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         before = ranked.cumsum(-1) - ranked
         chances = torch.zeros_like(chances).scatter(-1, order, ranked * (before < sampling.top_p))
     return chances
+
+
+def _ropes(model: Model) -> list[Mapping[str, Any]]:
+    """The different rotary settings whose frequencies depend on the length of a row.
+
+    When they change, all that was cached is stale, in every layer but the first: the row is read anew.
+    """
+    found = [unit.rope for _, unit in model.units() if isinstance(unit, Attention) and unit.rope is not None]
+    growing = [rope for rope in found if rope.get("rope_type") in ("dynamic", "longrope")]
+    return list({str(rope): rope for rope in growing}.values())
+
+
+def _lengths(ids: Tensor, mask: Tensor | None) -> list[int]:
+    """Tokens of each row, padding not counted."""
+    if mask is None:
+        return [ids.shape[1]]
+    return [int(n) for n in mask.sum(1).unique()]
 
 
 def _stream(seed: int, row: int) -> torch.Generator:

@@ -78,6 +78,16 @@ def frequencies(rope: Mapping[str, Any], head_dim: int, lengths: Tensor) -> tupl
     return plain, 1.0
 
 
+def changes(rope: Mapping[str, Any] | None, length: int) -> bool:
+    """Does a row that grows from `length` tokens to one more get other frequencies, also for its past?"""
+    form = rope.get("rope_type") if rope is not None else None
+    if rope is None or form not in ("dynamic", "longrope"):
+        return False
+    if form == "dynamic":
+        return bool(length >= rope["max_position_embeddings"])
+    return bool(length == rope["original_max_position_embeddings"])
+
+
 def _llama3(rope: Mapping[str, Any], plain: Tensor) -> Tensor:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     old, factor = rope["original_max_position_embeddings"], rope["factor"]

@@ -57,6 +57,28 @@ def qwen3() -> Model:
     return Model(assemble(Embedding(vocab=V, width=D), _layers(2, layer), Norm(width=D), head))
 
 
+def stretched(form: dict[str, Any]) -> Model:
+    """A llama whose rotary frequencies change once a row is longer than 6 tokens."""
+
+    def layer(_: int) -> dict[str, nn.Module]:
+        attention = _attention(kv_heads=2, rope={"rope_theta": 10000.0} | form)
+        mlp = MLP(width=D, hidden=48)
+        return {"norm1": Norm(width=D), "attention": attention, "norm2": Norm(width=D), "mlp": mlp}
+
+    head = Linear(in_features=D, out_features=V)
+    return Model(assemble(Embedding(vocab=V, width=D), _layers(2, layer), Norm(width=D), head))
+
+
+def dynamic() -> Model:
+    return stretched({"rope_type": "dynamic", "factor": 4.0, "max_position_embeddings": 6})
+
+
+def longrope() -> Model:
+    more = {"original_max_position_embeddings": 6, "max_position_embeddings": 24}
+    lists = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 2.5, 3.0, 4.0]}
+    return stretched({"rope_type": "longrope"} | more | lists)
+
+
 def gemma2() -> Model:
     def layer(i: int) -> dict[str, nn.Module]:
         attention = _attention(kv_heads=2, window=4 if i % 2 == 0 else None, cap=5.0, scale=0.3)
@@ -136,7 +158,8 @@ def vit() -> Model:
 
 
 DECODERS = {f.__name__: f for f in (llama, qwen3, gemma2, gpt2, mixtral, neox)}
-FAMILIES = DECODERS | {f.__name__: f for f in (bert, vit)}
+GENERATORS = DECODERS | {f.__name__: f for f in (dynamic, longrope)}
+FAMILIES = GENERATORS | {f.__name__: f for f in (bert, vit)}
 
 
 def fill(model: Model, seed: int = 0, dtype: torch.dtype = torch.float32) -> Model:
@@ -153,6 +176,12 @@ def fill(model: Model, seed: int = 0, dtype: torch.dtype = torch.float32) -> Mod
 @pytest.fixture(params=DECODERS)
 def decoder(request: pytest.FixtureRequest) -> Model:
     return fill(DECODERS[request.param]())
+
+
+@pytest.fixture(params=GENERATORS)
+def generator(request: pytest.FixtureRequest) -> Model:
+    """Decoders and those whose cache goes stale as a row grows."""
+    return fill(GENERATORS[request.param]())
 
 
 @pytest.fixture(params=FAMILIES)

@@ -22,18 +22,18 @@ def uncached(model: Model, ids: torch.Tensor, mask: torch.Tensor | None, new: in
     return ids
 
 
-def test_greedy_equals_uncached_token_by_token(decoder: Model, ids: Ids) -> None:
-    x = ids(decoder, 3, 6)
-    assert torch.equal(generate(decoder, x, max_new_tokens=12), uncached(decoder, x, None, 12))
+def test_greedy_equals_uncached_token_by_token(generator: Model, ids: Ids) -> None:
+    x = ids(generator, 3, 6)
+    assert torch.equal(generate(generator, x, max_new_tokens=12), uncached(generator, x, None, 12))
 
 
-def test_padded_prompts_generate_as_alone(decoder: Model, ids: Ids) -> None:
-    x = ids(decoder, 2, 6)
+def test_padded_prompts_generate_as_alone(generator: Model, ids: Ids) -> None:
+    x = ids(generator, 2, 6)
     mask = torch.ones(2, 6, dtype=torch.long)
     mask[0, :3] = 0
-    both = generate(decoder, x, mask, max_new_tokens=8)
-    assert torch.equal(both, uncached(decoder, x, mask, 8))
-    assert torch.equal(both[0, 3:], generate(decoder, x[:1, 3:], max_new_tokens=8)[0])
+    both = generate(generator, x, mask, max_new_tokens=8)
+    assert torch.equal(both, uncached(generator, x, mask, 8))
+    assert torch.equal(both[0, 3:], generate(generator, x[:1, 3:], max_new_tokens=8)[0])
 
 
 def test_sampling_is_seeded_and_rows_do_not_meet(tiny: Model, ids: Ids) -> None:
