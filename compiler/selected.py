@@ -10,15 +10,32 @@ from effc.compiler.selects import Selects
 
 
 def selector_report(method: Method, model: Model) -> list[tuple[str, str, str]]:
-    """Which modules the method touches: (role, layers, arguments), modules of one fate in one row."""
+    """Which modules the method touches: (roles, layers, arguments), modules of one fate in one row."""
     if not isinstance(method, Selects):
         return []
-    roles = {name.path: name for name in model.names()}
-    groups: dict[tuple[str, str], list[int | None]] = {}
+    names = {name.path: name for name in model.names()}
+    layers: dict[tuple[str, str], list[int | None]] = {}
     for path, applied in method.targets(model).items():
         words = ", ".join(f"{key} = {getattr(applied, key)}" for key in type(method).overrides)
-        groups.setdefault((roles[path].role, words), []).append(roles[path].layer)
-    return [(role, _ranges(layers), words) for (role, words), layers in groups.items()]
+        layers.setdefault((words, names[path].role), []).append(names[path].layer)
+    rows: dict[tuple[str, str], list[str]] = {}
+    for (words, role), numbers in layers.items():
+        rows.setdefault((_ranges(numbers), words), []).append(role)
+    return [(_together(roles), where, words) for (where, words), roles in rows.items()]
+
+
+def _together(roles: Sequence[str]) -> str:
+    """attention.q, attention.k, mlp.up -> `attention.{q,k} mlp.up`"""
+    families: dict[str, list[str]] = {}
+    for role in roles:
+        family, _, last = role.rpartition(".")
+        families.setdefault(family, []).append(last)
+    return " ".join(
+        f"{family}.{{{','.join(last)}}}"
+        if len(last) > 1 and family
+        else ".".join(filter(None, (family, last[0])))
+        for family, last in families.items()
+    )
 
 
 def _ranges(layers: Sequence[int | None]) -> str:
