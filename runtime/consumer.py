@@ -32,6 +32,7 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "peft": ("hf", ("transformers", "peft")),
     "compressed_tensors": ("hf", ("transformers", "compressed_tensors")),
     "llama_cpp": ("gguf", ("llama_cpp",)),
+    "effc": ("hf", ("effc",)),
 }
 """Consumer -> (the extra that installs it, the modules it imports)."""
 
@@ -161,7 +162,7 @@ def _main(job: Path) -> None:
     given = load_file(job / "question.safetensors")
     answer: dict[str, Any] = {"problem": None, "version": ""}
     try:
-        load = _llama_cpp if question["consumer"] == "llama_cpp" else _transformers
+        load = {"llama_cpp": _llama_cpp, "effc": _effc}.get(question["consumer"], _transformers)
         with torch.no_grad():
             logits, greedy, answer["version"] = load(question, given["inputs"], given.get("mask"))
         save_file({"logits": logits.contiguous(), "greedy": greedy.contiguous()}, job / "answer.safetensors")
@@ -277,6 +278,17 @@ def _without_repacking(library: Any) -> None:
         return parameters
 
     library.llama_model_default_params = plain
+
+
+def _effc(question: dict[str, Any], inputs: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, str]:
+    """An artefact's consumer is effc itself, started anew."""
+    from importlib.metadata import version
+
+    from effc.runtime.load import load
+
+    model = load(question["folder"]).materialize()
+    logits = model(inputs, attention_mask=mask).float()
+    return logits, torch.zeros(len(inputs), 0, dtype=torch.int64), f"effc {version('effc')}"
 
 
 if __name__ == "__main__":

@@ -5,11 +5,13 @@ Shapes: B rows, T tokens, V vocabulary, N new tokens.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,6 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from effc.compiler.blocks import PatchEmbed
 from effc.compiler.model import Model
 from effc.runtime.consumer import Answer
 from effc.runtime.durable import refused, sync_folder
@@ -24,6 +27,8 @@ from effc.specs.base import Spec
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 _HERE = "effc.runtime.exports."
+MARK = "effc.json"
+"""File in every exported folder; only folders with it are ever replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +110,14 @@ class Export(Spec):
         """Check, write aside, verify, then move to `path`; what was there is replaced only then.
 
         Raises:
-            EffcError: E550-E553 as above, E601 when the disk is full, E602 when the place cannot be written.
+            EffcError: E550-E553 as above, E561 when a folder is in the way that no export made, E601 when the
+                disk is full, E602 when the place cannot be written.
         """
         self.ready()
         if problems := self.refuses(model):
             raise EffcError(*problems)
         target = Path(self.path)
+        _refuse_foreign(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -119,6 +126,8 @@ class Export(Spec):
         try:
             made = aside / target.name
             self.write(model.clone().materialize(), made)
+            if made.is_dir():
+                (made / MARK).write_text(json.dumps({"export": self.kind, "effc": version("effc")}) + "\n")
             verdict = self.verify(made, model.clone().materialize())
             _settle(made, target, aside / "old")
         except OSError as problem:
@@ -129,9 +138,11 @@ class Export(Spec):
 
 
 def probe(model: Model, rows: int = 2, length: int = 16) -> Tensor:
-    """ids [rows, length] int64 to try a model on, the same at every call."""
+    """ids [rows, length] int64 to try a model on, or images [rows, C, h, w]; the same at every call."""
     embedding: Any = model.module("embedding")
     dice = torch.Generator().manual_seed(0)
+    if isinstance(embedding, PatchEmbed):
+        return torch.randn(rows, embedding.channels, embedding.image, embedding.image, generator=dice)
     return torch.randint(0, embedding.vocab, (rows, length), generator=dice)
 
 
@@ -141,6 +152,19 @@ def continued(model: Model, ids: Tensor, greedy: Tensor) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(whole).float()
     return logits[:, ids.shape[1] - 1 : -1]
+
+
+def _refuse_foreign(target: Path) -> None:
+    """Replace only folders that carry the mark of an export, or are empty."""
+    if target.is_dir() and not (target / MARK).is_file() and any(target.iterdir()):
+        raise EffcError(
+            Diagnostic(
+                "E561",
+                f"`{target}` is a folder that no export made",
+                notes=("publishing there would remove what it holds",),
+                help="export to another path, or move the folder away",
+            )
+        )
 
 
 def _settle(made: Path, target: Path, old: Path) -> None:
