@@ -124,7 +124,7 @@ class _Builder:
                 if self.documents > 1:
                     self._refuse(span, "several documents", "put each recipe in a file of its own")
             case "ScalarEvent":
-                self._add(Scalar(event.value, event.style is None, span))
+                self._add(Scalar(event.value, not event.style, span))
             case "SequenceStartEvent":
                 self._begin(Sequence_([], span), span)
             case "MappingStartEvent":

@@ -183,10 +183,10 @@ def _is_recipe(what: str) -> bool:
 
 
 def _canonical(path: str) -> str:
-    from effc.dsl.unparse import unparse
+    from effc.dsl.resolved import text_of
     from effc.runtime.front import parse
 
-    return unparse(parse(path))
+    return text_of(parse(path))
 
 
 def _print_json(value: dict[str, Any] | Sequence[Any]) -> None:

@@ -1,0 +1,128 @@
+"""A checked recipe as text again: constants put in, names of used files joined, numbers in base units.
+
+`read(text_of(recipe)) == recipe`, but for names with dots. An artefact keeps this text: it needs no other file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from effc.dsl import tree
+from effc.dsl.unparse import unparse
+from effc.specs.quantity import DIMENSIONS
+from effc.specs.recipe import Binding, Call, Expect, Metric, Recipe, Ref, Side, Value
+from effc.specs.source import Source, Span
+
+_NOWHERE = Span(Source("", ""), 0, 0)
+
+
+def text_of(recipe: Recipe) -> str:
+    """The recipe in canonical text, complete in itself."""
+    return unparse(document_of(recipe))
+
+
+def document_of(recipe: Recipe) -> tree.Document:
+    head: list[tree.Statement] = [tree.Version(_number(recipe.version), _NOWHERE)]
+    title = tree.Text(recipe.title, _NOWHERE) if recipe.title else None
+    head.append(tree.Title(_word(recipe.name), title, _NOWHERE))
+    bindings = [_binding(b) for b in recipe.bindings]
+    expects = [_expect(e) for e in recipe.expects]
+    exports = [tree.Export(_word(e.model), (_call(e.call, 1),), _NOWHERE) for e in recipe.exports]
+    return tree.Document((*head, *bindings, *expects, *exports), _NOWHERE.source)
+
+
+def flat(name: str) -> str:
+    """`c.base`, from a used file, becomes `c_base`."""
+    return name.replace(".", "_")
+
+
+def _word(text: str) -> tree.Word:
+    return tree.Word(flat(text), _NOWHERE)
+
+
+def _binding(binding: Binding) -> tree.Bind:
+    call = _call(binding.call, 0 if binding.keyword == "stage" else 1)
+    return tree.Bind(binding.keyword, _word(binding.name), call, _NOWHERE)
+
+
+def _call(call: Call, bare: int) -> tree.Call:
+    """A call; the first `bare` arguments that name a place stand without their name."""
+    models = tuple(_value(ref) for ref in call.models)
+    listed = len(models) > 1 or call.kind.startswith("merge.")
+    values: tuple[tree.Value, ...] = (tree.List(models, _NOWHERE),) if listed and models else models
+    given = dict(call.arguments)
+    if bare and not models:
+        first = next((key for key in ("path", "name") if key in given), None)
+        if first:
+            values = (_value(given.pop(first)),)
+    named = tuple(tree.Entry(tree.Word(key, _NOWHERE), _value(value)) for key, value in given.items())
+    name = call.kind.rpartition(".")[2] if call.kind.count(".") > 1 else call.kind
+    return tree.Call(tree.Word(name, _NOWHERE), values, named, _NOWHERE)
+
+
+def _value(value: Value) -> tree.Value:
+    match value:
+        case None | bool():
+            return tree.Constant(value, _NOWHERE)
+        case int() | float():
+            return _number(value)
+        case str():
+            return tree.Pattern(value, _NOWHERE) if _is_pattern(value) else tree.Text(value, _NOWHERE)
+        case tuple():
+            return tree.List(tuple(_value(item) for item in value), _NOWHERE)
+        case Ref():
+            return tree.Name(flat(value.name) + (f".{value.split}" if value.split else ""), _NOWHERE)
+        case Call(kind="depth"):
+            ends = tuple(_value(value.arguments[key]) for key in ("first", "last"))
+            return tree.Call(tree.Word("depth", _NOWHERE), ends, (), _NOWHERE)
+        case Call():
+            return _call(value, 0)
+        case Mapping():
+            entries = tuple(tree.Entry(tree.Word(k, _NOWHERE), _value(v)) for k, v in value.items())
+            return tree.Table(entries, _NOWHERE)
+    raise TypeError(f"a recipe holds no {type(value).__name__}")
+
+
+def _number(value: float) -> tree.Number:
+    return tree.Number(repr(value), None, _NOWHERE)
+
+
+def _is_pattern(text: str) -> bool:
+    left, colon, right = text.partition(":")
+    return bool(colon) and left.isdigit() and right.isdigit()
+
+
+def _expect(item: Expect) -> tree.Expect:
+    return tree.Expect(_side(item.left), item.op, _side(item.right), _NOWHERE)
+
+
+def _side(side: Side) -> tree.Side:
+    base: tree.Name | tree.Call | tree.Number
+    if isinstance(side.base, Metric):
+        base = _metric(side.base)
+    else:
+        base = _number(side.base)
+    if not side.change:
+        return tree.Side(base, None, None, _NOWHERE)
+    sign = "-" if side.change < 0 else "+"
+    size = abs(side.change) * (100 if side.relative else 1)
+    unit = "%" if side.relative else _unit_of(side)
+    return tree.Side(base, sign, tree.Number(repr(float(size)), unit, _NOWHERE), _NOWHERE)
+
+
+def _unit_of(side: Side) -> str | None:
+    """The base unit of an amount that may not stand without one."""
+    from effc.specs.metrics import MEASURES
+
+    dimension = MEASURES[side.base.metric].dimension if isinstance(side.base, Metric) else ""
+    return next(
+        (u for u, factor in DIMENSIONS.get(dimension, {}).items() if factor == 1 and len(u) <= 2), None
+    )
+
+
+def _metric(metric: Metric) -> tree.Name | tree.Call:
+    word = f"{flat(metric.model)}.{metric.metric}"
+    inside = ([_value(metric.data)] if metric.data else []) + [_value(a) for a in metric.arguments]
+    if not inside:
+        return tree.Name(word, _NOWHERE)
+    return tree.Call(tree.Word(word, _NOWHERE), tuple(inside), (), _NOWHERE)
