@@ -26,7 +26,7 @@ from effc.specs.target import Target, named_target, read_target
 if TYPE_CHECKING:
     import torch
 
-GIB = 1 << 30
+_IDLE = 330_000_000
 _HALF_AND_WHOLE = ("float32", "bfloat16")
 _GEMM, _SOLVED, _COPY_BYTES, _FILE_BYTES = 1024, 384, 256 << 20, 64 << 20
 
@@ -74,7 +74,7 @@ def estimate(device: str = "cpu") -> Target:
         disk_read=8e8,
         disk_write=3e8,
         overhead=8e-6,
-        base_bytes=420_000_000,
+        base_bytes=_IDLE,
     )
 
 
@@ -211,13 +211,22 @@ def _disk_rates(folder: Path) -> tuple[float, float]:
 
 
 def _idle_bytes() -> int:
-    """Resident bytes of a child that has imported torch and done nothing else."""
+    """Resident bytes of a child that is ready to run a stage and has multiplied its first matrices."""
     import subprocess
     import sys
 
-    code = "import torch; print(open('/proc/self/statm').read().split()[1])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
-    return int(out) * os.sysconf("SC_PAGE_SIZE") if out.strip().isdigit() else 420_000_000
+    code = """
+import effc.runtime.run, effc.runtime.fit, effc.runtime.calibrate
+from effc.runtime.data.corpus import Corpus
+from effc.runtime.throughput import training_rate
+import torch
+training_rate(torch.bfloat16, torch.device("cpu"))
+from effc.runtime.peak import give_back, resident
+give_back()
+print(resident())
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout
+    return int(found) if found.strip().isdigit() else _IDLE
 
 
 def _processor() -> str:

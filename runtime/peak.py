@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import resource
 import sys
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +25,7 @@ class Peak:
         self._end = threading.Event()
 
     def __enter__(self) -> Self:
+        give_back()
         self._start = time.perf_counter()
         self.bytes = resident()
         self._thread = threading.Thread(target=self._sample, daemon=True, name="effc-peak")
@@ -39,6 +43,13 @@ class Peak:
     def _sample(self) -> None:
         while not self._end.wait(_EVERY):
             self.bytes = max(self.bytes, resident())
+
+
+def give_back() -> None:
+    """Return freed memory to the system, so that a peak holds nothing of what ran before."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc alone
 
 
 def resident() -> int:
