@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ from torch import Tensor
 from effc.compiler.weights import LazyTensor, Stored
 from effc.specs.diagnostic import Diagnostic, EffcError
 
-MAX_HEADER = 100_000_000
-MAX_TENSORS = 1_000_000
+MAX_HEADER = 16 << 20
+MAX_TENSORS = 100_000
 MAX_DIMENSIONS = 8
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -105,8 +106,8 @@ def parse_json(raw: bytes, path: Path) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            counts = Counter(key for key, _ in pairs)
+            twice = next(key for key, count in counts.items() if count > 1)
             refuse("E414", path, f"the key {twice[:60]!r} stands twice")
         return found
 
@@ -188,7 +189,10 @@ def within(folder: Path, name: str, root: Path | None = None) -> Path:
         EffcError: E416 when the name, or a link, leads out, or what is there is no regular file.
     """
     path = folder / name
-    real = path.resolve()
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError, ValueError) as problem:  # a loop of links, a NUL in the name
+        refuse("E416", folder, f"{name[:120]!r} leads nowhere: {problem.args[0]!s:.80}")
     if not real.is_relative_to((root or folder).resolve()):
         refuse("E416", folder, f"{name[:120]!r} leads out of the folder")
     if real.exists() and not real.is_file():

@@ -88,7 +88,10 @@ def _cached(name: str, revision: str) -> tuple[Path, Path]:
     cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
     root = cache / f"models--{org}--{short}"
     reference = root / "refs" / revision
-    commit = reference.read_text().strip() if reference.is_file() else revision
+    commit = revision
+    if reference.is_file():
+        with reference.open("rb") as file:
+            commit = file.read(100).decode(errors="replace").strip()
     folder = root / "snapshots" / commit
     if not _NAME.match(commit) or not folder.is_dir():
         command = f"hf download {name} --revision {revision}"
