@@ -116,7 +116,29 @@ def from_json(data: Any) -> Model:
     config, architecture = data.get("config", {}), data.get("architecture", "")
     if not isinstance(config, Mapping) or not isinstance(architecture, str):
         _refuse("`config` or `architecture` has the wrong type")
-    return Model(gm, _roles(gm, data.get("roles", {})), config=config, architecture=architecture)
+    model = Model(gm, _roles(gm, data.get("roles", {})), config=config, architecture=architecture)
+    _fits_together(model)
+    return model
+
+
+def _fits_together(model: Model) -> None:
+    """Blocks that feed each other agree on the width of the stream."""
+    if not isinstance(getattr(model.gm, "embedding", None), Unit):
+        _refuse("there is no `embedding`")
+    width: dict[fx.Node, int | None] = {}
+    for node in model.gm.graph.nodes:
+        given = [width[a] for a in node.all_input_nodes if width.get(a) is not None]
+        due, out = _sides(model.module(str(node.target))) if node.op == "call_module" else (None, None)
+        takes_ids = str(node.target) == "embedding"
+        if len(set(given)) > 1 or (given and due not in (None, given[0]) and not takes_ids):
+            _refuse(f"the blocks do not fit each other: {node.target} takes {due}, gets {given}")
+        width[node] = out if out is not None else next(iter(given), None)
+
+
+def _sides(unit: nn.Module) -> tuple[int | None, int | None]:
+    """The widths a unit takes and gives; None where any will do."""
+    width = getattr(unit, "width", None)
+    return getattr(unit, "in_features", width), getattr(unit, "out_features", width)
 
 
 def _import_blocks() -> None:
@@ -143,10 +165,20 @@ def _modules(table: Mapping[Any, Any]) -> dict[str, nn.Module]:
             continue
         inner, _, name = path.removeprefix(owner + ".").rpartition(".")
         try:
-            made[owner].get_submodule(inner)._modules[name] = unit
-        except AttributeError:
-            _refuse(f"`modules.{path}` lies in no module")
+            parts = made[owner].get_submodule(inner)._modules
+            before = parts[name]
+        except (AttributeError, KeyError):
+            _refuse(f"`modules.{path}` is no part of its block")
+        if _measures(before) != _measures(unit):
+            _refuse(f"`modules.{path}` does not fit its block: {_measures(unit)}, not {_measures(before)}")
+        parts[name] = unit
     return made
+
+
+def _measures(unit: nn.Module | None) -> tuple[Any, ...]:
+    return tuple(
+        getattr(unit, name, None) for name in ("in_features", "out_features", "width", "rows", "experts")
+    )
 
 
 def check_path(path: Any) -> None:

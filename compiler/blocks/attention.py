@@ -47,6 +47,8 @@ class Attention(Unit):
     ) -> None:
         """`qk_norm`: eps of the norms over each head of q and k (0: none); `window`: keys a query may see."""
         super().__init__()
+        if 0 in (width, heads, head_dim):
+            raise ValueError(f"width {width}, {heads} heads of {head_dim}: none may be 0")
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(f"{heads} query heads do not divide over {kv_heads} key heads")
         self.width = width
@@ -55,7 +57,7 @@ class Attention(Unit):
         self.head_dim = head_dim
         self.bias = bias
         self.bias_o = bias_o
-        self.rope = checked(rope) if rope is not None else None
+        self.rope = checked(rope, head_dim) if rope is not None else None
         self.qk_norm = qk_norm
         self.window = window
         self.causal = causal

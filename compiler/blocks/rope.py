@@ -27,11 +27,11 @@ _NEEDS = {
 }
 
 
-def checked(rope: Mapping[str, Any]) -> dict[str, Any]:
+def checked(rope: Mapping[str, Any], head_dim: int) -> dict[str, Any]:
     """The parameters as a plain dict, keys in order.
 
     Raises:
-        ValueError: an unknown rope_type, or a key that the type needs is absent.
+        ValueError: an unknown rope_type, a key that the type needs is absent, or numbers without frequencies.
     """
     form = rope.get("rope_type", "default")
     if form not in TYPES:
@@ -45,6 +45,12 @@ def checked(rope: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key} must be a number, not {str(value)[:40]!r}")
     if not rope["rope_theta"] > 0:
         raise ValueError(f"rope_theta must be above 0, not {rope['rope_theta']}")
+    try:
+        found, _ = frequencies(rope, head_dim, torch.ones(1, 1))
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"rope_parameters give no frequencies: {error}") from None
+    if not 0 < 2 * found.shape[-1] <= head_dim or not bool(found.isfinite().all()):
+        raise ValueError(f"rope_parameters give no frequencies for heads of {head_dim}")
     return {key: list(v) if isinstance(v, tuple) else v for key, v in sorted(rope.items())}
 
 

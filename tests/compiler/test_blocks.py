@@ -91,7 +91,7 @@ def test_rotary_scalings_by_their_formulas() -> None:
     plain = theta ** (-torch.arange(0, 8, 2) / 8)
 
     def at(**more: Any) -> tuple[torch.Tensor, float]:
-        return frequencies(checked({"rope_theta": theta} | more), 8, length)
+        return frequencies(checked({"rope_theta": theta} | more, 8), 8, length)
 
     torch.testing.assert_close(at(rope_type="linear", factor=4.0)[0][0], plain / 4)
     rows = at(rope_type="dynamic", factor=2.0, max_position_embeddings=32)[0]
@@ -140,6 +140,17 @@ def test_bad_arguments_are_refused(spec: dict[str, Any], words: str) -> None:
         {"rope_type": "spiral", "rope_theta": 1e4},
         {"rope_theta": -1.0},
         {"rope_theta": 1e4, "rope_type": "linear", "factor": "2"},
+        {"rope_theta": 1e4, "rope_type": "linear", "factor": 0},
+        {"rope_theta": 1e4, "partial_rotary_factor": 2.0},
+        {"rope_theta": 1e4, "partial_rotary_factor": 0.1},
+        {"rope_theta": 1.0, "rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+        {
+            "rope_theta": 1e4,
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 3,
+            "long_factor": [1.0] * 3,
+            "original_max_position_embeddings": 64,
+        },
     ],
 )
 def test_bad_rope_parameters_are_refused(rope: dict[str, Any]) -> None:

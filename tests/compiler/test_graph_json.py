@@ -91,6 +91,21 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "role": ("roles/head", ["boss", None], "no role"),
     "role path": ("roles/nowhere", ["head", None], "no role"),
     "config": ("config", [1], "wrong type"),
+    "widths": ("modules/norm/width", 16, "do not fit each other"),
+    "a head of another width": ("modules/head/in_features", 33, "do not fit each other|cannot be tied"),
+    "no embedding": ("modules/embedding", {"type": "Norm", "width": 32}, r"takes x alone"),
+    "no width": ("modules/layers.0.attention/head_dim", 0, "none may be 0"),
+    "endless rope": ("modules/layers.0.attention/rope/rope_theta", float("inf"), "rope cannot be"),
+    "a part of another shape": (
+        "modules/layers.0.mlp.up",
+        {"type": "Linear", "in_features": 32, "out_features": 47},
+        "does not fit its block",
+    ),
+    "a part of nothing": (
+        "modules/layers.0.mlp.side",
+        {"type": "Scale", "factor": 1.0},
+        "no part of its block",
+    ),
 }
 
 
