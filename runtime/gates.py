@@ -11,8 +11,10 @@ from collections.abc import Callable, Mapping
 from time import perf_counter
 
 from effc.compiler.model import Model
+from effc.runtime.artifact import Story
 from effc.runtime.bind import spec_of
 from effc.runtime.compiled import ExpectRun, ExportRun
+from effc.runtime.exports.artifact import Artifact
 from effc.runtime.opening import placed
 from effc.specs.diagnostic import Diagnostic, Label
 from effc.specs.recipe import Binding, Expect, Export, Metric, Recipe, judge
@@ -30,8 +32,11 @@ class Gates:
         measure: Callable[[Metric], float],
         tell: Callable[..., None],
         tiny: bool,
+        story: Callable[[str, list[ExpectRun]], Story],
     ) -> None:
-        """`models` grows as stages finish; `tell(what, name, text)` reports."""
+        """`models` grows as stages finish; `tell(what, name, text)` reports; `story(model, expects)` is what
+        an artefact tells about itself."""
+        self.story = story
         self.recipe, self.models, self.measure, self.tell, self.tiny = recipe, models, measure, tell, tiny
         self.problems: list[Diagnostic] = []
         self._failed: dict[str, str] = {}
@@ -118,6 +123,9 @@ class Gates:
         start = perf_counter()
         with placed(export.call.span or export.span):
             format_ = spec_of("export", export.call)
+            if isinstance(format_, Artifact):
+                judged = [self._judged[i] for i in sorted(self._judged)]
+                format_ = format_.telling(self.story(export.model, judged))
             verdict = format_.publish(self.models[export.model])
         self.tell("export", name, str(format_.path))
         seconds = perf_counter() - start

@@ -215,6 +215,9 @@ class Store:
                 gone["journals"] += 1
                 shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(self.aside, ignore_errors=True)
+        for path in list((self.folder / "locks").glob("*")):
+            if path.name != "store":  # nobody else is here, so nobody holds one
+                path.unlink()
         return gone
 
 
