@@ -147,13 +147,13 @@ def verify(options: argparse.Namespace) -> int:
 def explain(options: argparse.Namespace) -> int:
     """A stage of an artefact; codes and methods belong to the language."""
     if Path(options.what).is_dir():
-        from effc.runtime.story import story, story_text
+        from effc.runtime.story import explained, explained_text
 
-        record = story(Path(options.what), options.stage)
+        record = explained(Path(options.what), options.stage)
         if options.json:
             _print_json(record)
         else:
-            print(story_text(record))
+            print(explained_text(record))
         return 0
     from effc.runtime import cli_language
 

@@ -17,8 +17,9 @@ from effc.compiler.method import Context, Method
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.compiler.selected import selector_report
+from effc.runtime.artifact import Story
 from effc.runtime.bind import method_of
-from effc.runtime.compiled import Compiled, StageRun
+from effc.runtime.compiled import Compiled, ExpectRun, StageRun
 from effc.runtime.gates import Gates
 from effc.runtime.judging import Judging
 from effc.runtime.key import key_of, seed_for, stage_parts
@@ -72,7 +73,7 @@ class Run:
         self.models = self.compiled.models
         self.fingerprints: dict[str, str] = {}
         self.judging = Judging(self.opening, self.models, self.fingerprints, device)
-        self.gates = Gates(recipe, self.models, self.judging.metric, self._tell, tiny)
+        self.gates = Gates(recipe, self.models, self.judging.metric, self._tell, tiny, self._story)
 
     def all(self) -> Compiled:
         """Every binding in order; behind each, the expects and exports that have become possible."""
@@ -91,6 +92,12 @@ class Run:
         self.compiled.problems += self.gates.problems
         self.compiled.warnings = list(self.opening.warnings)
         return self.compiled
+
+    def _story(self, model: str, judged: list[ExpectRun]) -> Story:
+        """What an artefact of a model tells about itself."""
+        from effc.runtime.story import story_of
+
+        return story_of(self.compiled, judged, model, self.store)
 
     # -- stages
 

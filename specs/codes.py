@@ -75,6 +75,7 @@ CODES: Mapping[str, str] = {
     "E680": "A command lacks what it is to work on.",
     "E681": "Two things of different kinds cannot be compared.",
     "E682": "The model cannot do what the command asks of it.",
+    "E683": "An artefact tells nothing about a stage of this name.",
     "E690": "A file cannot be read or written.",
     "E420": "A weight holds NaN or infinite numbers.",
     "E421": "A selected module never saw an input on the calibration data.",

@@ -1,0 +1,119 @@
+"""`effc verify ARTEFACT`: is it what its manifest and lock say, and does it measure what was measured?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from effc.compiler.cost import count
+from effc.compiler.model import Model
+from effc.compiler.plan import ATTENDED
+from effc.runtime import artifact
+from effc.specs.diagnostic import EffcError
+
+LOSS_TOLERANCE = 5e-3
+"""Relative difference of a loss that another machine's arithmetic may make."""
+
+
+def verify(folder: Path, deep: bool = False) -> dict[str, Any]:
+    """Check files by hash, structure against weights, size against the lock; `deep` also measures the losses
+    again and loads the folder in a fresh process.
+
+    Returns {"artefact", "holds", "checks": [{"what", "holds", "detail"}]}.
+
+    Raises:
+        EffcError: when the folder is no artefact at all (E44x).
+    """
+    checks = [_check("files are those of the manifest", *_files(folder))]
+    if checks[0]["holds"]:
+        model = artifact.read(folder)
+        told = artifact.story(folder)
+        locked = _locked(told.lock)
+        checks.append(_check("structure and weights fit", True, f"{len(model.tensors())} tensors"))
+        checks += [*_sizes(model, locked)]
+        if deep:
+            model.materialize()
+            checks += [*_losses(model, told, locked), _consumed(folder, model)]
+    return {"artefact": str(folder), "holds": all(c["holds"] is not False for c in checks), "checks": checks}
+
+
+def verify_text(record: Mapping[str, Any]) -> str:
+    """A line for each check."""
+    words = {True: "holds", False: "FAILS", None: "-"}
+    lines = [f"{words[c['holds']]:<7}{c['what']}: {c['detail']}" for c in record["checks"]]
+    end = "the artefact is what it says" if record["holds"] else "the artefact is NOT what it says"
+    return "\n".join([*lines, end])
+
+
+def _files(folder: Path) -> tuple[bool, str]:
+    changed = artifact.check(folder)
+    if changed:
+        return False, "; ".join(d.title for d in changed)
+    return True, f"{len(artifact.manifest(folder))} files"
+
+
+def _locked(lock: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the lock says about the exported model."""
+    name = lock.get("model")
+    stages = lock.get("stages")
+    found = (
+        [s for s in stages if isinstance(s, dict) and s.get("name") == name]
+        if isinstance(stages, list)
+        else []
+    )
+    return found[0] if found else {}
+
+
+def _sizes(model: Model, locked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    cost = count(model, ATTENDED)
+    for key, value in (("params", cost.params), ("bytes", cost.bytes)):
+        told = locked.get(key)
+        detail = f"{value}" if told in (None, value) else f"{value}, the lock says {told}"
+        yield _check(key, None if told is None else told == value, detail)
+
+
+def _losses(model: Model, told: artifact.Story, locked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Losses on the data of the recipe, as far as it can be opened here."""
+    losses = locked.get("loss") or {}
+    if not losses or told.recipe is None or told.lock.get("tiny"):
+        return
+    from effc.dsl.read import read
+    from effc.runtime.bind import spec_of
+    from effc.runtime.catalogue import catalogue
+    from effc.runtime.evaluate import loss
+    from effc.runtime.judging import TOKENS
+    from effc.specs.source import Source
+
+    for name, before in losses.items():
+        what = f"loss({name})"
+        try:
+            recipe = read(Source("recipe.effc", told.recipe), catalogue(), ()).recipe
+            data = spec_of("data", recipe.stage(name).call).open(
+                dict(model.tokenizer.files) if model.tokenizer else {}
+            )
+        except (EffcError, KeyError) as problem:
+            yield _check(what, None, f"its data cannot be opened here: {problem}".partition("\n")[0])
+            continue
+        length = data.batch("heldout", [0]).ids.shape[1]
+        now = loss(model, data, "heldout", max(1, TOKENS // length))
+        same = math.isclose(now, before, rel_tol=LOSS_TOLERANCE)
+        yield _check(
+            what, same, f"{now:.5f}, then {before:.5f}; {LOSS_TOLERANCE:.1%} may differ between machines"
+        )
+
+
+def _consumed(folder: Path, model: Model) -> dict[str, Any]:
+    from effc.runtime.exports.artifact import Artifact
+
+    try:
+        verdict = Artifact(path=str(folder)).verify(folder, model)
+    except EffcError as problem:
+        return _check("a fresh process computes the same", False, problem.diagnostics[0].title)
+    detail = f"{verdict.consumer}, error {verdict.error:.1e}"
+    return _check("a fresh process computes the same", True, detail)
+
+
+def _check(what: str, holds: bool | None, detail: str) -> dict[str, Any]:
+    return {"what": what, "holds": holds, "detail": detail}
