@@ -176,9 +176,9 @@ def _modules(table: Mapping[Any, Any]) -> dict[str, nn.Module]:
 
 
 def _measures(unit: nn.Module | None) -> tuple[Any, ...]:
-    return tuple(
-        getattr(unit, name, None) for name in ("in_features", "out_features", "width", "rows", "experts")
-    )
+    """What must be the same of a part and of what stands in its place."""
+    names = ["in_features", "out_features", "width"] + ["rows"] * isinstance(unit, blocks.Table)
+    return tuple(getattr(unit, name, None) for name in names)
 
 
 def check_path(path: Any) -> None:
