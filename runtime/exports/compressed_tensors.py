@@ -1,0 +1,147 @@
+"""A folder with packed weights that transformers and vLLM load through compressed-tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from effc.compiler.blocks import Linear, LoraLinear, QuantLinear
+from effc.compiler.blocks.quant_linear import WHOLE, Packed
+from effc.compiler.model import Model
+from effc.compiler.packing import pack
+from effc.runtime.consumer import ask, need
+from effc.runtime.exports import _folder
+from effc.runtime.exports._export import Export, Verdict, probe
+from effc.runtime.exports._names import spots
+from effc.specs.diagnostic import Diagnostic
+
+TOLERANCE = 1e-3
+"""Relative RMS of the logits."""
+
+
+class CompressedTensors(Export):
+    """Write the source's layout with each packed linear as int32 words, scales and zero points, without loss.
+
+    1 to 8 bits, per channel or in groups, symmetric or not; what is dense stays dense.
+    """
+
+    examples: ClassVar[tuple[str, ...]] = ('compressed_tensors("out/small-hf")',)
+
+    path: str = Field(min_length=1, description="the folder to write")
+
+    def ready(self) -> None:
+        need("compressed_tensors")
+
+    def refuses(self, model: Model) -> Sequence[Diagnostic]:
+        found = _folder.differences(self.kind, model)
+        if found:
+            return found
+        units = dict(model.units())
+        if not any(isinstance(unit, Packed) for unit in units.values()):
+            help = "quantize first, or export as hf"
+            return [Diagnostic("E553", f"`{self.kind}` needs packed weights, and none are", help=help)]
+        other: dict[str, list[str]] = {}
+        for path, unit in units.items():
+            if why := self._unfit(path, unit, model):
+                other.setdefault(why, []).append(path)
+        return [_folder.cannot(self.kind, f"{', '.join(paths[:4])}: {why}") for why, paths in other.items()]
+
+    def _unfit(self, path: str, unit: torch.nn.Module, model: Model) -> str | None:
+        if isinstance(unit, LoraLinear):
+            return "an adapter; fold it before quantizing"
+        if not isinstance(unit, Packed):
+            return None
+        if not isinstance(unit, QuantLinear):
+            return f"{type(unit).__name__}; the format packs linears alone; do not quantize it"
+        if unit.group == WHOLE:
+            return "one scale for the whole tensor; use group = channel or a number"
+        spot = spots(model).get(path)
+        if spot is None or spot.parts:
+            return f"{model.architecture} stores it in one matrix with others"
+        if any(name.startswith(f"{path}.") for pair in model.ties().items() for name in pair):
+            return "its weights are shared with another module"
+        return None
+
+    def write(self, model: Model, place: Path) -> None:
+        names = {path: spot.name for path, spot in spots(model).items()}
+        packed: dict[str, Tensor] = {}
+        for path, unit in model.units():
+            if isinstance(unit, QuantLinear):
+                packed |= {f"{names[path]}.{key}": tensor for key, tensor in words(unit)}
+        config = _folder.config_of(model) | {"quantization_config": settings(model, names)}
+        _folder.write(model, place, config, packed)
+
+    def verify(self, place: Path, model: Model) -> Verdict:
+        ids = probe(model)
+        with torch.no_grad():
+            want = model.to(torch.float32)(ids).float()
+        return Verdict.of(ask("compressed_tensors", place, ids), want, TOLERANCE)
+
+
+def words(unit: QuantLinear) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one linear as pack-quantized names them.
+
+    Codes lie in the same bit stream as ours, padded to whole words: packed [o, ceil(i b / 32)] int32. Zero
+    points are packed along the rows: [ceil(o b / 32), G].
+    """
+    yield "weight_packed", _words(unit.packed)
+    _, scale, zero = unit.unpack()
+    yield "weight_scale", scale.clone()
+    yield "weight_shape", torch.tensor([unit.rows, unit.in_features])
+    if zero is not None:
+        codes = (zero.t().to(torch.int16) + (1 << (unit.bits - 1))).to(torch.uint8)
+        yield "weight_zero_point", _words(pack(codes.contiguous(), unit.bits)).t().contiguous()
+    if unit.bias is not None:
+        yield "bias", unit.bias.detach()  # type: ignore[union-attr]
+
+
+def _words(stream: Tensor) -> Tensor:
+    """Bytes [R, n] -> little-endian words [R, ceil(n / 4)] int32"""
+    return F.pad(stream, (0, -stream.shape[1] % 4)).contiguous().view(torch.int32)
+
+
+def settings(model: Model, names: dict[str, str]) -> dict[str, Any]:
+    """The `quantization_config`: a group for each kind of packing, and the linears that stay dense."""
+    groups: dict[tuple[int, int, bool], list[str]] = {}
+    ignored: list[str] = []
+    for path, unit in model.units():
+        if isinstance(unit, QuantLinear):
+            size = 0 if unit.group == unit.in_features else unit.group
+            groups.setdefault((unit.bits, size, unit.symmetric), []).append(names[path])
+        elif isinstance(unit, Linear) and path in names:
+            ignored.append(names[path])
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ignored,
+        "config_groups": {
+            f"group_{number}": {
+                "targets": sorted(targets) if len(groups) > 1 else ["Linear"],
+                "weights": _weights(*kind),
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+            for number, (kind, targets) in enumerate(sorted(groups.items()))
+        },
+    }
+
+
+def _weights(bits: int, group: int, symmetric: bool) -> dict[str, Any]:
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group" if group else "channel",
+        "group_size": group or None,
+        "dynamic": False,
+    }
