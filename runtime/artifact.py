@@ -34,7 +34,8 @@ MANIFEST = "manifest.json"
 STRUCTURE = "model.json"
 SHARD = 5 * 10**9
 """Bytes of weights in one file."""
-MAX_JSON = 64 << 20
+MAX_JSON = 16 << 20
+MAX_MANIFEST = 4 << 20
 MAX_TOKENIZER = 128 << 20
 MAX_FILES = 10_000
 _HASH = re.compile(r"^[0-9a-f]{64}$")
@@ -141,7 +142,7 @@ def manifest(folder: Path) -> dict[str, tuple[int, str]]:
         EffcError: E443 when a listed file is missing or of another size, E444 for a malformed manifest.
     """
     path = _regular(folder, MANIFEST)
-    if path.stat().st_size > MAX_JSON:
+    if path.stat().st_size > MAX_MANIFEST:
         _refuse("E444", folder, f"the manifest has {path.stat().st_size} bytes")
     value = parse_json(path.read_bytes(), path)
     if not isinstance(value, Mapping) or value.get("format") != FORMAT:
