@@ -42,7 +42,8 @@ def check(scope: Scope, catalogue: Catalogue, problems: list[Diagnostic]) -> Rec
     run = _Run(catalogue, problems)
     for inner in scope.all():
         for name, bind in inner.bindings.items():
-            run.kinds[inner.prefix + name] = _kind(bind, catalogue)
+            known = isinstance(bind.value, tree.Call)
+            run.kinds[inner.prefix + name] = _kind(bind, catalogue) if known else "unknown"
             if isinstance(bind.value, tree.Call):
                 run.data_kinds |= (
                     {inner.prefix + name: bind.value.name.text} if bind.keyword == "data" else {}
@@ -71,9 +72,9 @@ def check(scope: Scope, catalogue: Catalogue, problems: list[Diagnostic]) -> Rec
 
 def _kind(bind: tree.Bind, catalogue: Catalogue) -> Kind:
     """What a binding is, as far as its line tells: a misplaced keyword does not spread."""
-    if isinstance(bind.value, tree.Call) and (entry := catalogue.find(bind.value.name.text)):
-        if entry.value in ("model", "data", "report"):
-            return entry.value  # type: ignore[return-value]
+    entry = catalogue.find(bind.value.name.text) if isinstance(bind.value, tree.Call) else None
+    if entry is not None and entry.value in ("model", "data", "report"):
+        return entry.value  # type: ignore[return-value]
     return "data" if bind.keyword == "data" else "model"
 
 
@@ -134,16 +135,30 @@ def _no_call(bind: tree.Bind, values: Values) -> None:
         example = 'load("...")' if bind.keyword == "model" else 'corpus("python-stdlib")'
         if isinstance(node, tree.Text):
             example = f'load("{node.value}")' if bind.keyword == "model" else f'text("{node.value}")'
-        values.report("E208", f"a {bind.keyword} binding calls a source", node.span, f"not {described(node)}",
-                      f"write {bind.keyword} {name} = {example}")  # fmt: skip
+        values.report(
+            "E208",
+            f"a {bind.keyword} binding calls a source",
+            node.span,
+            f"not {described(node)}",
+            f"write {bind.keyword} {name} = {example}",
+        )
     elif isinstance(node, tree.Name) and values.catalogue.find(node.text):
         values.report("E208", "a stage is a call", node.span, help_=f"write {name} = {node.text}(...)")
     elif isinstance(node, tree.Name) and values.scope.binding(node.text):
-        values.report("E208", "a stage is a call; names are not given twice", node.span,
-                      help_=f"use {node.text} itself where {name} is meant")  # fmt: skip
+        values.report(
+            "E208",
+            "a stage is a call; names are not given twice",
+            node.span,
+            help_=f"use {node.text} itself where {name} is meant",
+        )
     else:
-        values.report("E208", "a stage is a call of a method", node.span, f"not {described(node)}",
-                      f"write let {name} = {written}" if len(written) < 60 else f"write let {name} = ...")  # fmt: skip
+        values.report(
+            "E208",
+            "a stage is a call of a method",
+            node.span,
+            f"not {described(node)}",
+            f"write let {name} = {written}" if len(written) < 60 else f"write let {name} = ...",
+        )
 
 
 def _unknown(bind: tree.Bind, node: tree.Call, entry: Entry | None, values: Values) -> None:
@@ -162,8 +177,12 @@ def _unknown(bind: tree.Bind, node: tree.Call, entry: Entry | None, values: Valu
         return
     parts = [e for e in values.catalogue.entries if e.role == "part" and e.short == word.text]
     if parts:
-        values.report("E208", f"`{word.text}` is a part of {parts[0].slot}, not a {wanted}", word.span,
-                      help_=f"give it to a stage: {parts[0].slot.rpartition('.')[2]} = {word.text}(...)")  # type: ignore[union-attr]  # fmt: skip
+        values.report(
+            "E208",
+            f"`{word.text}` is a part of {parts[0].slot}, not a {wanted}",
+            word.span,
+            help_=f"give it to a stage: {parts[0].slot.rpartition('.')[2]} = {word.text}(...)",
+        )  # type: ignore[union-attr]
         return
     near = values.catalogue.near(word.text, ROLE_OF[bind.keyword])  # type: ignore[arg-type]
     near = near or values.catalogue.near(word.text)
@@ -174,7 +193,8 @@ def _unknown(bind: tree.Bind, node: tree.Call, entry: Entry | None, values: Valu
     elif near:
         help_ = "did you mean " + " or ".join(f"`{n}`" for n in near) + "?"
     elif bind.keyword == "stage":
-        help_ = "`effc methods` lists them"
+        families = sorted({e.family for e in values.catalogue.of_role("method")})
+        help_ = f"families: {', '.join(families)}; `effc methods` lists all"
     else:
         help_ = f"there are: {', '.join(e.kind for e in values.catalogue.of_role(ROLE_OF[bind.keyword]))}"  # type: ignore[arg-type]
     values.report("E201", f"no {wanted} is called `{word.text}`", word.span, help_=help_)
@@ -203,12 +223,23 @@ def _models(node: tree.Call, entry: Entry, values: Values) -> tuple[tuple[Ref, .
     place = f"`{entry.kind}`"
     if (least, most) == (1, 1):
         if not node.values:
-            named = next((e for e in node.named if e.key.text in ("model", "on", "base", "student")
-                          and entry.parameter(e.key.text) is None), None)  # fmt: skip
+            named = next(
+                (
+                    e
+                    for e in node.named
+                    if e.key.text in ("model", "on", "base", "student")
+                    and entry.parameter(e.key.text) is None
+                ),
+                None,
+            )
             first = next((n for n, k in values.kinds.items() if k == "model"), "MODEL")
             if named is None:
-                values.report("E204", f"{place} needs the model it works on", node.name.span,
-                              help_=f"name it first: {entry.kind}({first}, ...)")  # fmt: skip
+                values.report(
+                    "E204",
+                    f"{place} needs the model it works on",
+                    node.name.span,
+                    help_=f"name it first: {entry.kind}({first}, ...)",
+                )
             return (), ()
         return tuple(_one_model(node.values[0], place, values)), node.values[1:]
     if len(node.values) == 1 and isinstance(node.values[0], tree.List):
@@ -216,16 +247,24 @@ def _models(node: tree.Call, entry: Entry, values: Values) -> tuple[tuple[Ref, .
     elif node.values and all(isinstance(value, tree.Name) for value in node.values):
         names = ", ".join(value.text for value in node.values if isinstance(value, tree.Name))
         if least > 1 or len(node.values) > 1:
-            values.report("E214", f"{place} takes its models as a list", node.values[0].span.to(node.values[-1].span),
-                          help_=f"write [{names}]")  # fmt: skip
+            values.report(
+                "E214",
+                f"{place} takes its models as a list",
+                node.values[0].span.to(node.values[-1].span),
+                help_=f"write [{names}]",
+            )
             for value in node.values:
                 _one_model(value, place, values)
             return (), ()
         items, span, rest = node.values, node.span, ()
     else:
         bound = [n for n, k in values.kinds.items() if k == "model"][: max(least, 2)]
-        values.report("E204", f"{place} needs the models it works on", node.name.span,
-                      help_=f"name them first: {entry.kind}([{', '.join(bound)}], ...)")  # fmt: skip
+        values.report(
+            "E204",
+            f"{place} needs the models it works on",
+            node.name.span,
+            help_=f"name them first: {entry.kind}([{', '.join(bound)}], ...)",
+        )
         return (), node.values
     found = [ref for item in items for ref in _one_model(item, place, values)]
     if not least <= len(items) <= (most or len(items)):
@@ -268,9 +307,14 @@ def _ordered(run: _Run) -> list[Binding]:
         title = f"`{names[0]}` needs itself" if len(names) == 1 else "stages need each other in a circle"
         labels = [Label(b.span) for n in names if (b := run.bindings[n]).span] or [Label(first.span)]  # type: ignore[arg-type]
         run.problems.append(
-            Diagnostic("E207", title, labels[:4], [f"{arrow}, where -> is needs"] if len(names) > 1 else [],
-                       help="let one of them start from a model that is loaded")
-        )  # fmt: skip
+            Diagnostic(
+                "E207",
+                title,
+                labels[:4],
+                [f"{arrow}, where -> is needs"] if len(names) > 1 else [],
+                help=f"let `{names[0]}` start from a model that is loaded{_such_as(run)}",
+            )
+        )
         return []
     rank = {name: place for place, name in enumerate(order)}
     done: list[Binding] = []
@@ -279,6 +323,11 @@ def _ordered(run: _Run) -> list[Binding]:
         done += [run.bindings[name] for name in ready]
         sorter.done(*ready)
     return _stable(done, graph, rank)
+
+
+def _such_as(run: _Run) -> str:
+    loaded = [name for name, binding in run.bindings.items() if binding.keyword == "model"]
+    return f", such as {loaded[0]}" if loaded else ""
 
 
 def _drop_orphans(bindings: dict[str, Binding], graph: dict[str, list[str]]) -> None:
@@ -369,8 +418,12 @@ def _gates_on_seen_data(recipe: Recipe) -> Iterator[Diagnostic]:
             if seen and item.span and seen[0][0].span:
                 stage = seen[0][0]
                 labels = [Label(item.span), Label(_where(stage), f"`{stage.name}` reads it")]
-                yield Diagnostic("E221", f"`{metric}` is judged on data that a stage has seen", labels,
-                                 help=f"let `{stage.name}` read {metric.data.name}")  # fmt: skip
+                yield Diagnostic(
+                    "E221",
+                    f"`{metric}` is judged on data that a stage has seen",
+                    labels,
+                    help=f"let `{stage.name}` read {metric.data.name}",
+                )
 
 
 def _where(binding: Binding) -> Span:
@@ -380,22 +433,28 @@ def _where(binding: Binding) -> Span:
 
 
 def _unused(scope: Scope, run: _Run, shows: bool) -> Iterator[Diagnostic]:
-    broken = bool(scope.document.broken)
+    """What nothing refers to; told only when all names are known to be right."""
+    if scope.document.broken or any(d.severity == "error" for d in run.problems):
+        return
+    if scope.bindings and not shows:
+        last = list(scope.bindings.values())[-1].name.text
+        help_ = f'add export {last} as artifact("out/{last}.effc")'
+        yield Diagnostic(
+            "W203", "the recipe exports nothing and expects nothing", help=help_, severity="warning"
+        )
     for name, bind in scope.bindings.items():
-        if name not in run.used and not broken and shows:
-            what = {"model": "model", "data": "data", "stage": "result"}[bind.keyword]
-            help_ = f'export it, as in export {name} as artifact("out/{name}.effc"), or take the line out'
-            if bind.keyword != "stage":
-                help_ = "take the line out"
-            yield Diagnostic(
-                "W201", f"the {what} `{name}` is never used", [Label(bind.name.span)], (), help_, "warning"
-            )
-    for name, constant in scope.constants.items():
-        if not constant.used and not broken:
-            word = constant.statement.keyword
-            yield Diagnostic("W202", f"the {word} `{name}` is never used", [Label(constant.statement.name.span)], (),
-                             "take the line out", "warning")  # fmt: skip
-    if scope.bindings and not shows and not broken and not any(d.severity == "error" for d in run.problems):
-        last = list(scope.bindings.values())[-1]
-        help_ = f'add export {last.name.text} as artifact("out/{last.name.text}.effc")'
-        yield Diagnostic("W203", "the recipe exports nothing and expects nothing", (), (), help_, "warning")
+        if name in run.used or not shows:
+            continue
+        what, help_ = str(bind.keyword), "take the line out"
+        if what == "stage":
+            what, help_ = "result", f'add export {name} as artifact("out/{name}.effc"), or {help_}'
+        yield _never_used("W201", what, bind.name, help_)
+    for constant in scope.constants.values():
+        if not constant.used:
+            statement = constant.statement
+            yield _never_used("W202", statement.keyword, statement.name, "take the line out")
+
+
+def _never_used(code: str, what: str, name: tree.Word, help_: str) -> Diagnostic:
+    title = f"the {what} `{name.text}` is never used"
+    return Diagnostic(code, title, [Label(name.span)], help=help_, severity="warning")

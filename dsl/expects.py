@@ -1,11 +1,11 @@
-"""Expects: from `small.loss(code) <= base.loss(code) + 3%` to two sides in base units, or to what is wrong."""
+"""Expects: from `small.loss(code) <= base.loss(code) + 3%` to two sides in base units."""
 
 from __future__ import annotations
 
 from difflib import get_close_matches
 
 from effc.dsl import tree
-from effc.dsl.values import Place, Values
+from effc.dsl.values import Place, Values, near_unit
 from effc.specs.catalogue import Form
 from effc.specs.diagnostic import Diagnostic, Label
 from effc.specs.metrics import MEASURES
@@ -27,12 +27,22 @@ def expect(statement: tree.Expect, values: Values, data_kinds: dict[str, str]) -
         return None
     left, right = metrics
     if left is None and right is None:
-        values.report("E220", "an expect compares a metric of a model", statement.span, "two numbers are known already",
-                      "write expect MODEL.METRIC <= VALUE")  # fmt: skip
+        values.report(
+            "E220",
+            "an expect compares a metric of a model",
+            statement.span,
+            "two numbers are known already",
+            "write expect MODEL.METRIC <= VALUE",
+        )
         return None
     if left and right and _dimension(left) != _dimension(right):
-        values.report("E220", f"`{left.metric}` and `{right.metric}` cannot be compared", statement.span,
-                      f"{_dimension(left)} against {_dimension(right)}", "compare a metric with itself or a number")  # fmt: skip
+        values.report(
+            "E220",
+            f"`{left.metric}` and `{right.metric}` cannot be compared",
+            statement.span,
+            f"{_dimension(left)} against {_dimension(right)}",
+            "compare a metric with itself or a number",
+        )
         return None
     known = left or right
     assert known is not None
@@ -55,12 +65,20 @@ def _metric(
     model, dot, metric = word.text.rpartition(".")
     if not dot or (metric not in MEASURES and values.scope.binding(word.text)):
         if isinstance(node, tree.Name) and values.scope.constant(word.text):
-            values.report("E220", f"`{word.text}` is a constant, and expects compare metrics with written numbers",
-                          word.span, help_="write the number itself")  # fmt: skip
+            values.report(
+                "E220",
+                f"`{word.text}` is a constant, and expects compare metrics with written numbers",
+                word.span,
+                help_="write the number itself",
+            )
             values.scope.constant(word.text)[1].used = True  # type: ignore[index]
             return None
-        values.report("E219", f"`{word.text}` names no metric", word.span,
-                      help_=f"write {word.text}.METRIC with one of: {', '.join(MEASURES)}")  # fmt: skip
+        values.report(
+            "E219",
+            f"`{word.text}` names no metric",
+            word.span,
+            help_=f"write {word.text}.METRIC with one of: {', '.join(MEASURES)}",
+        )
         return None
     measure = MEASURES.get(metric)
     if measure is None:
@@ -83,8 +101,12 @@ def _with_arguments(
     wanted = 0 if takes == "nothing" else 1
     if len(given) != wanted or named:
         what = {"nothing": "nothing", "number": "a number of tokens"}.get(takes, "data")
-        values.report("E214", f"`{metric}` takes {what} in parentheses", node.span,
-                      help_=f"write it as in {MEASURES[metric].example}")  # fmt: skip
+        values.report(
+            "E214",
+            f"`{metric}` takes {what} in parentheses",
+            node.span,
+            help_=f"write it as in {MEASURES[metric].example}",
+        )
         return None
     if not given:
         return Metric(model.name, metric)
@@ -96,15 +118,27 @@ def _with_arguments(
     if not fits or not isinstance(data, Ref):
         return None
     if data.split == "train":
-        values.report("E221", f"`{metric}` is judged on data that training has seen", inner.span,
-                      "`train` is what stages read", f"write {metric}({data.name}): metrics read the held-out split")  # fmt: skip
+        values.report(
+            "E221",
+            f"`{metric}` is judged on data that training has seen",
+            inner.span,
+            "`train` is what stages read",
+            f"write {metric}({data.name}): metrics read the held-out split",
+        )
         return None
     questions = data_kinds.get(data.name) == "choices"
     if questions != (takes == "questions"):
         others = [name for name, kind in data_kinds.items() if (kind == "choices") == (takes == "questions")]
         wants = "multiple-choice questions" if takes == "questions" else "running text"
-        help_ = f"{metric}({others[0]})" if others else (
-            'bind some: data quiz = choices("quiz.jsonl")' if takes == "questions" else "measure acc instead")  # fmt: skip
+        help_ = (
+            f"write {metric}({others[0]})"
+            if others
+            else (
+                'bind some: data quiz = choices("quiz.jsonl")'
+                if takes == "questions"
+                else "measure acc instead"
+            )
+        )
         values.report("E208", f"`{metric}` takes {wants}", inner.span, f"`{data.name}` is not", help_)
         return None
     return Metric(model.name, metric, data)
@@ -126,14 +160,22 @@ def _side(side: tree.Side, metric: Metric | None, known: Metric, values: Values)
     sign = -1 if side.sign == "-" else 1
     if side.amount.unit == "%":
         if dimension == _ACCURACY:
-            values.report("E220", "accuracies move in points, not in shares of themselves", side.amount.span,
-                          help_=f"write {side.sign} {side.amount.text} point")  # fmt: skip
+            values.report(
+                "E220",
+                "accuracies move in points, not in shares of themselves",
+                side.amount.span,
+                help_=f"write {side.sign} {side.amount.text} point",
+            )
             return None
         return Side(base, sign * float(side.amount.text) / 100, relative=True)
     if side.amount.unit is None and dimension in ("bytes", "seconds"):
         example = EXAMPLES.get(dimension, "")
-        values.report("E209", f"an amount of {dimension} needs its unit", side.amount.span,
-                      help_=f"write {side.sign} {side.amount.text}% for a share, or an amount such as {example}")  # fmt: skip
+        values.report(
+            "E209",
+            f"an amount of {dimension} needs its unit",
+            side.amount.span,
+            help_=f"write {side.sign} {side.amount.text}% for a share, or an amount such as {example}",
+        )
         return None
     amount = _amount(side.amount, known, values, side.amount.span)
     return None if amount is None else Side(base, sign * amount)
@@ -152,10 +194,15 @@ def _amount(number: tree.Number, known: Metric, values: Values, span: Span) -> f
     measured = dimensions_of(number.unit or "")
     example = MEASURES[known.metric].example
     text = f"`{number.unit}` measures {measured[0]}" if measured else f"`{number.unit}` is no unit"
+    near = None if measured else near_unit(number.unit or "", [dimension])
     values.problems.append(
-        Diagnostic("E209", f"`{known.metric}` is measured in {dimension}", [Label(span, text)],
-                   help=f"write it as in {example}")
-    )  # fmt: skip
+        Diagnostic(
+            "E209",
+            f"`{known.metric}` is measured in {dimension}",
+            [Label(span, text)],
+            help=f"did you mean {number.text} {near}?" if near else f"write it as in {example}",
+        )
+    )
     return None
 
 

@@ -1,4 +1,4 @@
-"""Characters to tokens, and tokens to statements: where one ends, what is no token, which bracket stays open."""
+"""Characters to tokens, tokens to statements: where one ends, what is no token, what stays open."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ DEEPEST = 24
 
 _OPEN = {"LPAR": "(", "LSQB": "[", "LBRACE": "{"}
 _CLOSE = {"RPAR": "LPAR", "RSQB": "LSQB", "RBRACE": "LBRACE"}
+_PARTNER = {"(": ")", "[": "]", "{": "}"}
 _NEEDS_MORE = frozenset(("COMMA", "EQUAL", "SIGN", "COMPARE"))
 _GOES_ON = frozenset(("COMMA", "SIGN", "COMPARE", "RPAR", "RSQB", "RBRACE"))
 
@@ -106,17 +107,18 @@ def _track(source: Source, token: Token, opened: list[Token], chunk: Chunk) -> N
             opened.pop()
             return
         labels = [Label(Span(source, token.start, token.end), "closed here")]
-        if opened:
-            first = opened.pop()
+        first = opened.pop() if opened else None
+        if first:
             title = f"`{first.text}` is closed by `{token.text}`"
             labels.insert(0, Label(Span(source, first.start, first.end), "opened here"))
         else:
             title = f"`{token.text}` closes nothing"
-        chunk.problem = chunk.problem or Diagnostic("E102", title, labels)
+        help_ = f"write `{_PARTNER[first.text]}` before it" if first else "take it out"
+        chunk.problem = chunk.problem or Diagnostic("E102", title, labels, help=help_)
 
 
 def _unclosed(source: Source, bracket: Token) -> Diagnostic:
-    closing = {"(": ")", "[": "]", "{": "}"}[bracket.text]
+    closing = _PARTNER[bracket.text]
     return Diagnostic(
         "E102",
         f"`{bracket.text}` is never closed",
@@ -163,7 +165,7 @@ def _no_token(source: Source, at: int, end: int, chunk: Chunk) -> int:
             "E105",
             f"{named} has no meaning outside a string",
             [Label(Span(source, at, stop))],
-            help="recipes hold words, numbers, strings in double quotes and the signs ( ) [ ] { } = , . + - <= >=",
+            help="take it out; outside strings stand words, numbers and ( ) [ ] { } = , + - < >",
         )
     chunk.problem = chunk.problem or problem
     return stop

@@ -1,9 +1,10 @@
-"""What a person meant who wrote something that does not parse: a title, a place and a remedy for each mistake."""
+"""What a person meant who wrote something that does not parse: a title and a remedy for each mistake."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import pairwise
 from math import isinf
 
 from effc.dsl.lexer import Token
@@ -75,10 +76,18 @@ def _said(
         return "`=` does not compare", "write <=, >=, <, > or =="
     if wrong.type == "EQUAL" and before.type == "STRING":
         return "the name of an argument stands without quotes", f"write {before.text[1:-1]} = ..."
+    if wrong.type in _VALUES - {"NAME"} and "EQUAL" in due and before.type == "NAME":
+        return (
+            f"`=` is missing between `{before.text}` and {found}",
+            f"write {before.text} = {wrong.text[:40]}",
+        )
     if wrong.type in _VALUES and "COMMA" in due:
         return f"a `,` is missing before {found}", f"write `, {wrong.text[:40]}`"
     if wrong.type in _VALUES and "LPAR" in due and before.type == "NAME" and first not in ("expect",):
         return f"{found} follows `{before.text}` with nothing between", None
+    if before.type == "EQUAL" and wrong.type in ("RPAR", "COMMA", "RSQB", "RBRACE"):
+        name = tokens[place - 2].text if place > 1 else "name"
+        return f"a value is missing after `{name} =`", f"write {name} = VALUE, or take it out"
     if wrong.type == "COMMA" and before.type in ("COMMA", "LPAR", "LSQB", "LBRACE"):
         return "a value is missing before this `,`", "take the `,` out"
     if wrong.type == "$END" and first in _FORMS:
@@ -87,7 +96,7 @@ def _said(
         return "nothing stands after `=`", "write a value, or family.method(...)"
     if wrong.type == "$END" and place == 1:
         return f"a line holds only `{first}`", "write NAME = family.method(...)"
-    if due == {"$END"} or "$END" in due and "COMMA" not in due and "SIGN" not in due:
+    if "$END" in due and not due & {"COMMA", "SIGN"}:
         return f"{found} follows a finished statement", "begin a new line for a new statement"
     if first in _FORMS and place <= 3:
         return f"{_options(due)} is due here, not {found}", f"write {_FORMS[first]}"
@@ -95,7 +104,7 @@ def _said(
 
 
 def _options(due: set[str]) -> str:
-    if _VALUES <= due:
+    if due >= _VALUES:
         return "a value"
     words = [_PLAIN[kind] for kind in _PLAIN if kind in due]
     return " or ".join((", ".join(words[:-1]), words[-1]) if len(words) > 1 else words or ["something else"])
@@ -104,11 +113,9 @@ def _options(due: set[str]) -> str:
 def would_bind(tokens: Sequence[Token]) -> set[str]:
     """Names that a broken statement meant to bind, so that their uses are not reported as well."""
     words = [t for t in tokens[:3] if t.type == "NAME"]
-    if len(words) > 1 and words[0].start < words[1].start and words[0].text in KEYWORDS:
-        return {words[1].text}
-    if len(words) > 1 and len(tokens) > 2 and tokens[1].type == "NAME":  # a misspelt keyword
-        return {words[1].text}
-    names = {words[0].text} if words else set()
+    bound = pairwise(tokens)
+    names = {word.text for word in words[:2]} - set(KEYWORDS)
+    names |= {name.text for name, equal in bound if name.type == "NAME" and equal.type == "EQUAL"}
     if tokens and tokens[0].text == "use":
         names |= {t.text for t in tokens[-1:]}
     return names

@@ -1,4 +1,4 @@
-"""Level 2: may the stages follow each other? Facts flow from model to model; each stage's contract is held to them.
+"""Level 2: may the stages follow each other? Facts flow along the models, and contracts are held to them.
 
 A fact about a region holds, fails, or is unknown until the model's own names are read (level 3). Only what
 certainly fails is reported here, with an order that would be legal where there is one.
@@ -89,8 +89,9 @@ def _survives(held: Held, entry: Entry, kept: set[str]) -> bool:
 
 
 def _shared(before: Sequence[State]) -> State:
-    """Facts of a first model that all others have as well; of layout facts one model's are enough to matter."""
-    return tuple(dict.fromkeys(held for state in before for held in state))
+    """Facts of any of the models; those that one stage gave, the most telling first."""
+    found = dict.fromkeys(held for state in before for held in state)
+    return tuple(sorted(found, key=lambda held: -len(facts()[held.fact].implies)))
 
 
 def _needs(
@@ -190,7 +191,7 @@ def _in_the_way(
         help_ = (
             f"quantize once: use rules for other bits in places, or take `{binding.name}` or `{held.by}` out"
         )
-    elif swap := _legal_swap(giver, binding, catalogue):
+    elif swap := _legal_swap(giver, binding, catalogue, lossless=False):
         help_ = f"a legal order is:\n{swap}"
     elif need.fact == "trainable" and catalogue.find("adapt.lora"):
         help_ = f"train before `{held.by}`, or train an adapter: {binding.name} = adapt.lora({held.by}, ...)"
@@ -211,7 +212,7 @@ def _never_given(binding: Binding, need: Claim, ref: Ref) -> Diagnostic:
     return Diagnostic("E301", f"`{binding.call.kind}` finds no {need.fact} in `{ref}`", [label], help=help_)
 
 
-def _legal_swap(first: Binding, second: Binding, catalogue: Catalogue) -> str | None:
+def _legal_swap(first: Binding, second: Binding, catalogue: Catalogue, lossless: bool = True) -> str | None:
     """The two stages the other way round, as lines, if their contracts allow that."""
     one, two = catalogue.find(first.call.kind), catalogue.find(second.call.kind)
     if one is None or two is None or one.role != "method" or not first.call.models:
@@ -220,7 +221,7 @@ def _legal_swap(first: Binding, second: Binding, catalogue: Catalogue) -> str | 
     if any(_needs(first, one, [after] * len(first.call.models), {second.name: second}, catalogue)):
         return None
     kept = {claim(text).fact for text in one.keeps}
-    if any(not _survives(held, one, kept) and _touches(first, one, held) for held in after):
+    if lossless and any(not _survives(held, one, kept) and _touches(first, one, held) for held in after):
         return None
     start = str(first.call.models[0])
     others = [str(ref) for ref in second.call.models if ref.name != first.name]
@@ -257,8 +258,8 @@ def _export(
     for need in rule.needs:
         if not any(need == held.fact for held in state):
             title = f"`{export.call.kind}` holds {need} weights, and `{export.model}` has none"
-            help_ = f"export as {' or '.join(f'{n}(...)' for n in fits)}" if fits else None
-            yield Diagnostic("E303", title, [Label(span)], help=help_)
+            others = " or ".join(f"{name}(...)" for name in fits)
+            yield Diagnostic("E303", title, [Label(span)], help=f"export as {others}" if others else None)
 
 
 def _holds(name: str, state: State) -> bool:
@@ -288,9 +289,16 @@ def _unhealed(recipe: Recipe, catalogue: Catalogue) -> Iterator[Diagnostic]:
         if not any(e.contract == "TRAIN" for e in after):
             data = next((b.name for b in recipe.bindings if b.value == "data"), "DATA")
             base = next((b.name for b in recipe.bindings if b.keyword == "model"), "MODEL")
-            help_ = f"heal it: {binding.name}_healed = distill.logits({binding.name}, teacher = {base}, data = {data}, steps = 200)"
-            yield Diagnostic("W204", f"`{binding.name}` is not trained after `{entry.kind}`", [Label(_call_span(binding))],
-                             ["its loss is far off until a training stage heals it"], help_, "warning")  # fmt: skip
+            arguments = f"{binding.name}, teacher = {base}, data = {data}, steps = 200"
+            help_ = f"heal it: {binding.name}_healed = distill.logits({arguments})"
+            yield Diagnostic(
+                "W204",
+                f"`{binding.name}` is not trained after `{entry.kind}`",
+                [Label(_call_span(binding))],
+                ["its loss is far off until a training stage heals it"],
+                help_,
+                "warning",
+            )
 
 
 # ---- regions
@@ -321,8 +329,19 @@ def _modules(region: Region, layers: int) -> frozenset[str]:
 
 @cache
 def _decoder(layers: int) -> tuple[Name, ...]:
-    inner = ("attention.q", "attention.k", "attention.v", "attention.o", "mlp.gate", "mlp.up", "mlp.down",
-             "moe.router", "moe.experts.gate", "moe.experts.up", "moe.experts.down")  # fmt: skip
+    inner = (
+        "attention.q",
+        "attention.k",
+        "attention.v",
+        "attention.o",
+        "mlp.gate",
+        "mlp.up",
+        "mlp.down",
+        "moe.router",
+        "moe.experts.gate",
+        "moe.experts.up",
+        "moe.experts.down",
+    )
     deep = [Name(f"layers.{i}.{role}", role, i) for i in range(layers) for role in inner]
     return (Name("embedding", "embedding"), *deep, Name("head", "head"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -65,6 +66,8 @@ def sweep(source: Source, catalogue: Catalogue, settings: Sequence[str] = ()) ->
         recipe = check(scope, catalogue, found)
         found += check_order(recipe, catalogue)
         errors = sorted((d for d in found if d.severity == "error"), key=Diagnostic.sort_key)
+        if errors:  # what looks unused may be what the error is about
+            found = [d for d in found if d.code not in ("W201", "W202", "W203")]
         warnings = sorted((d for d in found if d.severity == "warning"), key=Diagnostic.sort_key)
         if errors:
             raise EffcError(*_bounded([*errors, *warnings]))
@@ -91,7 +94,7 @@ def _version(document: tree.Document, broken: bool) -> list[Diagnostic]:
             return []
         title = f"this effc reads version {VERSION} of the language, not {first.number.span.text}"
         return [Diagnostic("E107", title, [Label(first.number.span)], help=f"write `effc {VERSION}`")]
-    if broken and any(document.source.text.lstrip().startswith(word) for word in ("effc ", "effc:")):
+    if broken and re.search(r"^[\"']?effc\b", document.source.text, re.MULTILINE):
         return []  # the first line is there, and what is wrong with it was said
     span = first.span if first else Span(document.source, 0, 1)
     span = Span(document.source, span.start, min(span.end, span.start + 1))
@@ -99,8 +102,9 @@ def _version(document: tree.Document, broken: bool) -> list[Diagnostic]:
     form = f"effc: {VERSION}" if document.yaml else f"effc {VERSION}"
     return [Diagnostic("E107", title, [Label(span)], help=f"begin the file with `{form}`")] + [
         Diagnostic("E107", "the version stands on the first line", [Label(s.span)], help="move it to the top")
-        for s in document.statements if isinstance(s, tree.Version)
-    ]  # fmt: skip
+        for s in document.statements
+        if isinstance(s, tree.Version)
+    ]
 
 
 def _heads(document: tree.Document) -> list[Diagnostic]:

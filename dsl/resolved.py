@@ -1,11 +1,13 @@
-"""A checked recipe as text again: constants put in, names of used files joined, numbers in base units.
+"""A checked recipe as text again: constants put in, used files joined, numbers in base units.
 
-`read(text_of(recipe)) == recipe`, but for names with dots. An artefact keeps this text: it needs no other file.
+`read(text_of(recipe))` is the recipe again, but for names with dots and params, which are gone. An artefact
+keeps this text, because it needs no other file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 from effc.dsl import tree
 from effc.dsl.unparse import unparse
@@ -97,14 +99,10 @@ def _expect(item: Expect) -> tree.Expect:
 
 
 def _side(side: Side) -> tree.Side:
-    base: tree.Name | tree.Call | tree.Number
-    if isinstance(side.base, Metric):
-        base = _metric(side.base)
-    else:
-        base = _number(side.base)
+    base = _metric(side.base) if isinstance(side.base, Metric) else _number(side.base)
     if not side.change:
         return tree.Side(base, None, None, _NOWHERE)
-    sign = "-" if side.change < 0 else "+"
+    sign: Literal["+", "-"] = "-" if side.change < 0 else "+"
     size = abs(side.change) * (100 if side.relative else 1)
     unit = "%" if side.relative else _unit_of(side)
     return tree.Side(base, sign, tree.Number(repr(float(size)), unit, _NOWHERE), _NOWHERE)

@@ -1,4 +1,4 @@
-"""Names: what each one stands for, in a recipe and in those it uses. Duplicates, reserved words, circles of files."""
+"""Names: what each one stands for, in a recipe and in the files it uses."""
 
 from __future__ import annotations
 
@@ -132,9 +132,13 @@ def _binds(word: tree.Word, places: dict[str, Span], problems: list[Diagnostic])
     name = word.text
     if name in RESERVED:
         problems.append(
-            Diagnostic("E225", f"`{name}` is a word of the language and cannot be bound", [Label(word.span)],
-                       help="choose another name")
-        )  # fmt: skip
+            Diagnostic(
+                "E225",
+                f"`{name}` is a word of the language and cannot be bound",
+                [Label(word.span)],
+                help="choose another name",
+            )
+        )
     elif "." in name:
         help_ = f"bind one word, such as `{name.replace('.', '_')}`"
         problems.append(
@@ -169,12 +173,24 @@ def _used(
         return None
     here = (*above, _file_of(scope.document))
     if not inside:
-        notes = [f"recipes may use files in {top} and below"]
-        problems.append(Diagnostic("E218", "`use` reaches outside the folder of the recipe", [label], notes,
-                                   "move the file there"))  # fmt: skip
+        notes = ["a recipe may use files of its own folder and below"]
+        problems.append(
+            Diagnostic(
+                "E218",
+                "`use` reaches outside the folder of the recipe",
+                [label],
+                notes,
+                "move the file there",
+            )
+        )
     elif path in here:
         problems.append(
-            Diagnostic("E218", f"`{use.path.value}` uses itself, directly or through others", [label])
+            Diagnostic(
+                "E218",
+                f"`{use.path.value}` uses itself, directly or through others",
+                [label],
+                help="take this line out",
+            )
         )
     else:
         try:
@@ -182,9 +198,11 @@ def _used(
             return _one(document, f"{scope.prefix}{use.alias.text}.", problems, read, here)
         except EffcError as problem:
             found = problem.diagnostics[0]
-            near = get_close_matches(path.name, _siblings(path), n=1, cutoff=0.6)
-            help_ = f"did you mean `{near[0]}`?" if near and found.code == "E114" else found.help
-            problems.append(Diagnostic("E218", found.title, [label], found.notes, help_))
+            near = get_close_matches(path.name, _siblings(path), n=1, cutoff=0.75)
+            title, help_ = found.title.replace(str(path), use.path.value), found.help
+            if found.code == "E114":
+                help_ = f"did you mean `{near[0]}`?" if near else "write a path as seen from this file"
+            problems.append(Diagnostic("E218", title, [label], found.notes, help_))
         except OSError as problem:
             problems.append(Diagnostic("E218", str(problem), [label]))
     return None
@@ -212,12 +230,20 @@ def _no_param(scope: Scope, name: str, value: tree.Value) -> Diagnostic:
     labels = [Label(value.span)]
     if name in scope.constants:
         labels = [Label(scope.constants[name].statement.span)]
-        return Diagnostic("E216", f"`{name}` is a `let`; the command line sets only params", labels,
-                          help=f"write `param {name} = ...` in the recipe")  # fmt: skip
+        return Diagnostic(
+            "E216",
+            f"`{name}` is a `let`; the command line sets only params",
+            labels,
+            help=f"write `param {name} = ...` in the recipe",
+        )
     near = get_close_matches(name, params, n=1, cutoff=0.6)
     has = f"it has: {', '.join(params)}" if params else "it has no params"
-    return Diagnostic("E216", f"the recipe has no param `{name}`", labels,
-                      help=f"did you mean `{near[0]}`?" if near else has)  # fmt: skip
+    return Diagnostic(
+        "E216",
+        f"the recipe has no param `{name}`",
+        labels,
+        help=f"did you mean `{near[0]}`?" if near else has,
+    )
 
 
 def _other_kind(name: str, default: tree.Value, value: tree.Value) -> Diagnostic:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
 
 from effc.dsl import mistakes
-from effc.dsl.lexer import Chunk, Token, chunks
+from effc.dsl.lexer import Token, chunks
 from effc.dsl.tables import Tables, tables
 from effc.dsl.tree import (
     Bind,
@@ -161,8 +162,8 @@ def _constant(items: list[Any], span: Span) -> Let:
 
 def _binding(items: list[Any], span: Span) -> Bind:
     *keyword, name, value = items
-    word = keyword[0].text if keyword else "stage"
-    return Bind(word, _word(name, span), value, span)
+    word: Literal["model", "data"] | None = keyword[0].text if keyword else None
+    return Bind(word or "stage", _word(name, span), value, span)
 
 
 def _use(items: list[Any], span: Span) -> Use:
@@ -191,7 +192,7 @@ def _export(items: list[Any], span: Span) -> Export:
 def _call(items: list[Any], span: Span) -> Call:
     name, *given = items
     named = [item for item in given if isinstance(item, Entry)]
-    for before, item in zip(given, given[1:], strict=False):
+    for before, item in pairwise(given):
         if isinstance(before, Entry) and not isinstance(item, Entry):
             raise EffcError(
                 Diagnostic(

@@ -123,9 +123,7 @@ def _pairs(call: tree.Call, bound: frozenset[str], outer: bool) -> list[str]:
         outer
         and len(values) == 1
         and not isinstance(values[0], tree.List | tree.Name | tree.Call | tree.Table)
-    ):
-        first = _value(values[0], bound)
-    elif outer and len(values) == 1 and isinstance(values[0], tree.List) and _only_names(values[0].items):
+    ) or (outer and len(values) == 1 and isinstance(values[0], tree.List) and _only_names(values[0].items)):
         first = _value(values[0], bound)
     else:
         first = f"[{', '.join(_value(v, bound) for v in values)}]"
@@ -135,8 +133,11 @@ def _pairs(call: tree.Call, bound: frozenset[str], outer: bool) -> list[str]:
     ]
 
 
-def _only_names(items: Sequence[tree.Value]) -> bool:
-    return len(items) > 1 and all(isinstance(item, tree.Name) for item in items)
+def _stands_alone(node: tree.Value) -> bool:
+    """Whether the only value of a call needs no list around it: a plain one, or the models of a merge."""
+    if isinstance(node, tree.List):
+        return len(node.items) > 1 and all(isinstance(item, tree.Name) for item in node.items)
+    return not isinstance(node, tree.Name | tree.Call | tree.Table)
 
 
 def _value(node: tree.Value, bound: frozenset[str]) -> str:

@@ -65,15 +65,12 @@ def value(node: tree.Value) -> str:
 def number(node: tree.Number) -> str:
     if node.unit is None:
         return node.text
-    return f"{node.text}{'' if node.unit == '%' or node.unit[0] in _ATTACHED and _counts(node.unit) else ' '}{node.unit}"
+    return f"{node.text}{'' if _attached(node.unit) else ' '}{node.unit}"
 
 
-_ATTACHED = "kKMGBT"
-
-
-def _counts(unit: str) -> bool:
-    """Whether the unit is a bare thousand, or one before a noun: 20M, 20M tokens."""
-    return len(unit) == 1 and unit != "B" or unit[1:2] == " "
+def _attached(unit: str) -> bool:
+    """Whether the unit stands at its number: 75%, 20M, 20M tokens."""
+    return unit == "%" or (unit[0] in "kKMGBT" and (unit[1:2] == " " or (len(unit) == 1 and unit != "B")))
 
 
 def quoted(text: str) -> str:

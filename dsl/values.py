@@ -1,11 +1,12 @@
-"""Values: from what was written to what an argument takes, in base units; everything that does not fit, in words."""
+"""Values: from what was written to what an argument takes, in base units, or to what does not fit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import NamedTuple
+from math import floor
+from typing import Any, NamedTuple
 
 from effc.dsl import tree
 from effc.dsl.scope import Scope, described
@@ -27,6 +28,7 @@ class Place(NamedTuple):
     forms: tuple[Form, ...]
     overrides: tuple[Parameter, ...] = ()
     """For `rules`: the arguments that a rule may set."""
+    default: Any = None
 
     @property
     def title(self) -> str:
@@ -73,6 +75,8 @@ class Values:
             )
             return None
         kind = self.kinds[name]
+        if kind == "unknown":  # its own line was reported
+            return None
         if kind != wanted:
             self._wrong_kind(node, name, kind, wanted, place)
             return None
@@ -140,6 +144,7 @@ class Values:
                     return node.text
                 if choices := _choices(place.forms):
                     self._no_choice(node.text, choices, place, span)
+                    raise _Unfit
             case tree.Constant():
                 if isinstance(node.value, bool) and _form(place, "bool"):
                     return node.value
@@ -170,16 +175,12 @@ class Values:
                     "E205", f"a constant is written `${node.text}` in YAML", span, help_=f"write ${node.text}"
                 )
                 raise _Unfit
-            if isinstance(found.value, tree.Name) and found.value.text == node.text:
-                self.report("E207", f"`{node.text}` is defined by itself", found.statement.span)
-                raise _Unfit
             inner = (
                 self
                 if owner is self.scope
                 else Values(owner, self.catalogue, self.problems, self.kinds, self.used)
             )
-            depth = inner._deeper(found.value, span)
-            return inner._value(depth, place, span)
+            return inner._value(inner._deeper(found.value), place, span)
         for wanted in ("data", "model"):
             if _form(place, wanted):
                 ref = self.reference(node, wanted, place.title)
@@ -190,9 +191,11 @@ class Values:
         if slot:
             call = tree.Call(tree.Word(node.text, node.span), (), (), node.span)
             return self._part(call, slot)
-        if self.scope.binding(node.text):
-            self.used.add(self.scope.binding(node.text)[0])  # type: ignore[index]
-            self._wrong_type(node, place, span)
+        bound = self.scope.binding(node.text)
+        if bound is not None:
+            self.used.add(bound[0])
+            if self.kinds[bound[0]] != "unknown":
+                self._wrong_type(node, place, span)
         elif choices:
             self._no_choice(node.text, choices, place, span)
         elif (
@@ -207,14 +210,22 @@ class Values:
             word = {"True": "true", "False": "false", "yes": "true", "no": "false"}.get(node.text, "none")
             self.report("E210", f"`{node.text}` is not a word of recipes", span, help_=f"write {word}")
         else:
-            self._unbound(node, place.title, str(" or ".join(map(str, place.forms))))
+            self._unbound(node, place.title, " or ".join(_takes(form) for form in place.forms))
         raise _Unfit
 
-    def _deeper(self, value: tree.Value, span: Span, seen: tuple[str, ...] = ()) -> tree.Value:
+    def _deeper(self, value: tree.Value, seen: tuple[str, ...] = ()) -> tree.Value:
         """The value behind constants that name constants. A circle is reported."""
         while isinstance(value, tree.Name) and (found := self.scope.constant(value.text)):
             if value.text in seen:
-                self.report("E207", f"constants define each other in a circle: {' -> '.join(seen)}", span)
+                again = found[1].statement
+                if not any(d.code == "E207" and d.labels[0].span == again.span for d in self.problems):
+                    self.report(
+                        "E207",
+                        "constants define each other in a circle",
+                        again.span,
+                        notes=[" -> ".join((*seen, value.text))],
+                        help_=f"give `{value.text}` a value",
+                    )
                 raise _Unfit
             seen = (*seen, value.text)
             found[1].used = True
@@ -241,10 +252,9 @@ class Values:
         form = next((f for f in forms if f.type == "float" or whole or node.unit), forms[0])
         value = _in_form(node, form)
         if value is None:
-            near = f"{float(node.text):.0f}"
-            self.report(
-                "E210", f"{place.title} is a whole number", span, f"not {_shown(node)}", f"write {near}"
-            )
+            below = floor(float(node.text))
+            help_ = f"write {below} or {below + 1}" if abs(below) < 10**15 else None
+            self.report("E210", f"{place.title} is a whole number", span, f"not {_shown(node)}", help_)
         else:
             self._out_of_range(node, value, form, place, span)
         raise _Unfit
@@ -296,7 +306,7 @@ class Values:
             Selector.parse(node.value)
         except SelectorError as problem:
             help_ = 'write a path such as "layers[0].mlp.up" or a role such as "attention.q"'
-            self.report("E226", f"the selector {problem}", span, help_=help_)
+            self.report("E226", "this selector does not parse", span, f"it {problem}", help_)
             raise _Unfit from None
         return node.value
 
@@ -317,7 +327,8 @@ class Values:
                 if most is None
                 else f"{least or 0} to {most}"
             )
-            self.report("E202", f"{place.title} takes {wanted} values", span, f"not {len(node.items)}")
+            help_ = f"the default is {_default(place.default)}" if place.default else None
+            self.report("E202", f"{place.title} takes {wanted} values", span, f"not {len(node.items)}", help_)
             raise _Unfit
         return tuple(self._all(lambda item, at: self._value(item, at, item.span), node.items, inside))
 
@@ -350,7 +361,7 @@ class Values:
                 self.report("E213", f"`{key}` of a rule is given twice", entry.span, help_="keep one of them")
                 raise _Unfit
             if key not in known:
-                near = get_close_matches(key, known, n=1, cutoff=0.6)
+                near = get_close_matches(key, known, n=1, cutoff=0.75)
                 has = f"rules of `{place.of}` may set: {', '.join(known)}"
                 help_ = f"did you mean `{near[0]}`?" if near else has
                 self.report("E211", f"a rule of `{place.of}` cannot set `{key}`", entry.key.span, help_=help_)
@@ -382,20 +393,32 @@ class Values:
             return self._gradient(node, place._replace(forms=(gradient,)))
         if node.name.text == "depth":
             title = f"{place.title} is one value for all layers"
-            self.report("E210", title, span, help_="write one value; rules set others by layer" if place.overrides else
-                        "write one value")  # fmt: skip
+            self.report(
+                "E210",
+                title,
+                span,
+                help_="write one value; rules set others by layer" if place.overrides else "write one value",
+            )
         elif any(form.type in ("model", "data") for form in place.forms):
             name = place.forms[0].type
-            self.report("E210", f"{place.title} takes the name of a {name if name == 'model' else 'data binding'}", span,
-                        help_=f"bind the call on a line of its own, and write its name here")  # fmt: skip
+            self.report(
+                "E210",
+                f"{place.title} takes the name of a {name if name == 'model' else 'data binding'}",
+                span,
+                help_="bind the call on a line of its own, and write its name here",
+            )
         else:
             self._wrong_type(node, place, span)
         raise _Unfit
 
     def _gradient(self, node: tree.Call, place: Place) -> Call:
         if len(node.values) != 2 or node.named:
-            self.report("E214", "`depth` takes two values, for the first and the last layer", node.span,
-                        help_="write depth(0.3, 0.7)")  # fmt: skip
+            self.report(
+                "E214",
+                "`depth` takes two values, for the first and the last layer",
+                node.span,
+                help_="write depth(0.3, 0.7)",
+            )
             raise _Unfit
         first, last = self._all(lambda item, at: self._value(item, at, item.span), node.values, place)
         return Call("depth", {"first": first, "last": last}, (), node.span)
@@ -410,6 +433,8 @@ class Values:
             )
             notes = [f"`{node.name.text}` is a part of {other.slot}"] if other else []
             help_ = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(names)}"
+            if other and other.slot:
+                help_ = f"write {other.slot.rpartition('.')[2]} = {other.short}(...)"
             self.report(
                 "E201", f"{slot} has no part `{node.name.text}`", node.name.span, help_=help_, notes=notes
             )
@@ -485,7 +510,7 @@ class Values:
         near = self.scope.near(node.text)
         if not near and "." in node.text and self.scope.is_broken(node.text.rpartition(".")[0]):
             return
-        bound = [name for name, kind in self.kinds.items() if kind == wanted]
+        bound = self._before(node.span, wanted)
         keyword = f"bind it first: {_BINDS[wanted].format(node.text)}" if wanted in _BINDS else None
         help_ = (
             f"did you mean `{near[0]}`?"
@@ -494,16 +519,32 @@ class Values:
             if not bound
             else f"there are: {', '.join(bound)}"
         )
-        self.report("E205", f"nothing is called `{node.text}`", node.span, f"{place} takes a {wanted}", help_)
+        self.report(
+            "E205",
+            f"nothing is called `{node.text}`",
+            node.span,
+            f"{place} takes {_ARTICLES.get(wanted, wanted)}",
+            help_,
+        )
+
+    def _before(self, span: Span, wanted: str) -> list[str]:
+        """Bindings of a kind that stand before a place: using one of them closes no circle."""
+        return [
+            name
+            for name, bind in self.scope.bindings.items()
+            if self.kinds[self.scope.prefix + name] == wanted and bind.span.end <= span.start
+        ]
 
     def _wrong_kind(self, node: tree.Name, name: str, kind: str, wanted: str, place: str) -> None:
-        others = [n for n, k in self.kinds.items() if k == wanted]
+        others = self._before(node.span, wanted)
         near = get_close_matches(name, others, n=1) or others[:1]
-        article = {"model": "a model", "data": "data", "report": "a report"}
-        help_ = f"{wanted}s here: {', '.join(others[:8])}".replace("datas", "data") if near else (
-            f"bind one: {_BINDS[wanted].format('NAME')}")  # fmt: skip
+        help_ = (
+            f"{wanted}s here: {', '.join(others[:8])}".replace("datas", "data")
+            if near
+            else (f"bind one: {_BINDS[wanted].format('NAME')}")
+        )
         self.report(
-            "E208", f"{place} takes {article[wanted]}", node.span, f"`{name}` is {article[kind]}", help_
+            "E208", f"{place} takes {_ARTICLES[wanted]}", node.span, f"`{name}` is {_ARTICLES[kind]}", help_
         )
 
     def _wrong_type(self, node: tree.Value, place: Place, span: Span) -> None:
@@ -532,15 +573,14 @@ class Values:
         unit = node.unit or ""
         measured = dimensions_of(unit)
         wanted = " or ".join(dict.fromkeys(form.unit or "a plain number" for form in forms))
-        examples = [EXAMPLES[form.unit] for form in forms if form.unit in EXAMPLES]
+        examples = [EXAMPLES[form.unit] for form in forms if form.unit and form.unit in EXAMPLES]
         if not measured:
-            near = get_close_matches(unit, UNITS, n=1, cutoff=0.5)
-            same = [u for u in UNITS if u.lower() == unit.lower()]
-            fits = next(
-                (u for u in [*same, *near] if any(u in DIMENSIONS.get(f.unit or "", {}) for f in forms)), None
+            fits = near_unit(unit, [form.unit or "" for form in forms])
+            help_ = (
+                f"did you mean {node.text} {fits}?"
+                if fits
+                else (f"write {examples[0]}" if examples else f"write {node.text}")
             )
-            help_ = f"did you mean {node.text} {fits}?" if fits else (
-                f"write {examples[0]}" if examples else f"write {node.text}")  # fmt: skip
             self.report("E209", f"`{unit}` is no unit", span, f"{place.title} counts in {wanted}", help_)
             return
         help_ = (
@@ -574,6 +614,7 @@ class Values:
         )
 
 
+_ARTICLES = {"model": "a model", "data": "data", "report": "a report"}
 _BINDS = {"model": 'model {} = load("...")', "data": 'data {} = corpus("python-stdlib")'}
 _SYNONYMS = {
     "keep": ("ratio", "fraction"),
@@ -593,10 +634,17 @@ _SYNONYMS = {
 
 def place_of(parameter: Parameter, entry: Entry) -> Place:
     """The place of one argument; `rules` also know what they may set."""
-    overrides = ()
+    overrides: tuple[Parameter, ...] = ()
     if parameter.takes("rules"):
         overrides = tuple(p for name in entry.overrides if (p := entry.parameter(name)))
-    return Place(parameter.name, entry.kind, parameter.forms, overrides)
+    return Place(parameter.name, entry.kind, parameter.forms, overrides, parameter.default)
+
+
+def near_unit(unit: str, dimensions: Sequence[str]) -> str | None:
+    """A unit of these dimensions that looks like a word that is none."""
+    known = [u for u in UNITS if any(u in DIMENSIONS.get(dimension, {}) for dimension in dimensions)]
+    same = [u for u in known if u.lower() == unit.lower()]
+    return next(iter([*same, *get_close_matches(unit, known, n=1, cutoff=0.5)]), None)
 
 
 def _form(place: Place, *types: str) -> Form | None:
@@ -664,13 +712,17 @@ def _takes(form: Form) -> str:
         return " | ".join(map(str, form.choices))
     plain = {
         "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string", "none": "none",
-        "model": "a model", "data": "data", "selector": "a selector", "rules": "rules", "table": "a table",
+        "model": "a model", "data": "data", "selector": "a selector", "rules": "a list of rules", "table": "a table",
     }  # fmt: skip
     if form.type == "part":
         return f"a part of {form.slot}"
     if form.type == "list":
         return f"a {form}"
     return f"{plain[form.type]} ({form.unit})" if form.unit else plain[form.type]
+
+
+def _default(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple | list) else str(value)
 
 
 def _shown(node: tree.Number) -> str:

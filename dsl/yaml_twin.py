@@ -8,7 +8,7 @@ A call is a mapping whose first key is its name: {prune.depth: [$base], keep: 75
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -134,8 +134,14 @@ class _Builder:
 
     def _begin(self, node: Sequence_ | Mapping_, span: Span) -> None:
         if len(self.open) >= DEEPEST:
-            raise EffcError(Diagnostic("E108", f"values are nested deeper than {DEEPEST}", [Label(span)],
-                                       help="name the inner values under `let`"))  # fmt: skip
+            raise EffcError(
+                Diagnostic(
+                    "E108",
+                    f"values are nested deeper than {DEEPEST}",
+                    [Label(span)],
+                    help="name the inner values under `let`",
+                )
+            )
         self.open.append((node, []))
 
     def _end(self, span: Span) -> None:
@@ -177,8 +183,14 @@ def _pairs(children: Sequence[Node]) -> list[tuple[Scalar, Node]]:
                 Diagnostic("E111", f"the key `{key.value}` is given twice", labels, help="keep one of them")
             )
         if key.value == "<<" and key.plain:
-            raise EffcError(Diagnostic("E112", "recipes in YAML have no merge keys", [Label(key.span)],
-                                       help="write the arguments out"))  # fmt: skip
+            raise EffcError(
+                Diagnostic(
+                    "E112",
+                    "recipes in YAML have no merge keys",
+                    [Label(key.span)],
+                    help="write the arguments out",
+                )
+            )
         seen[key.value] = key
         pairs.append((key, value))
     return pairs
@@ -189,12 +201,23 @@ def _not_yaml(source: Source, problem: Any) -> Diagnostic:
     at = mark.index if mark is not None else getattr(problem, "position", 0) or 0
     at = min(max(at, 0), len(source.text))
     said = getattr(problem, "problem", None) or getattr(problem, "reason", None) or "it does not parse"
+    labels = [Label(Span(source, at, at + 1), str(said))]
+    context = getattr(problem, "context_mark", None)
+    if context is not None and context.index < at:
+        labels.append(Label(Span(source, context.index, context.index + 1), str(problem.context)))
     help_ = "quote strings that hold `: `, `#`, or begin with a sign" if "mapping values" in said else None
-    return Diagnostic("E110", "this is not YAML", [Label(Span(source, at, at + 1), str(said))], help=help_)
+    return Diagnostic("E110", "this is not YAML", labels, help=help_)
 
 
 def _shape(span: Span, title: str, help_: str | None = None) -> Diagnostic:
     return Diagnostic("E113", title, [Label(span)], help=help_)
+
+
+def _names(node: Node) -> set[str]:
+    """What a section with the wrong shape may have meant to bind."""
+    if isinstance(node, Mapping_):
+        return {key.value for key, _ in node.items}
+    return {name for item in node.items for name in _names(item)} if isinstance(node, Sequence_) else set()
 
 
 # ---- nodes to statements
@@ -217,12 +240,13 @@ class _Reading:
             near = get_close_matches(key.value, KEYS, n=1, cutoff=0.6)
             help_ = f"did you mean `{near[0]}`?" if near else f"it has: {', '.join(KEYS)}"
             self.problems.append(_shape(key.span, f"a recipe has no key `{key.value}`", help_))
+            self.broken |= _names(node)
             return
         if isinstance(node, Scalar) and node.plain and node.value in ("", "~", "null"):
             return
-        yield from self._guard(lambda: list(read(key, node)), ())
+        yield from self._guard(lambda: list(read(key, node)), _names(node))
 
-    def _guard(self, read: Callable[[], list[Any]], broken: Sequence[str]) -> list[Any]:
+    def _guard(self, read: Callable[[], list[Any]], broken: Iterable[str]) -> list[Any]:
         """What `read` gives; its problem is noted, and names it would have bound are marked."""
         try:
             return read()
@@ -276,7 +300,7 @@ class _Reading:
 
                 yield from self._guard(one, [name.value])
 
-        return read  # fmt: skip
+        return read
 
     def _bindings(self, keyword: Any) -> Callable[[Scalar, Node], Iterator[tree.Statement]]:
         def read(key: Scalar, node: Node) -> Iterator[tree.Statement]:
@@ -286,7 +310,7 @@ class _Reading:
             for name, call in self._mapping(node, f"`{key.value}`", example):
                 yield from self._bind(keyword, name, call)
 
-        return read  # fmt: skip
+        return read
 
     def _stages(self, key: Scalar, node: Node) -> Iterator[tree.Statement]:
         if not isinstance(node, Sequence_):
@@ -305,7 +329,7 @@ class _Reading:
             value = self._call(node, True) if isinstance(node, Mapping_) and node.items else self.value(node)
             return [tree.Bind(keyword, self._word(name, "a name"), value, name.span.to(node.span))]
 
-        yield from self._guard(one, [name.value])  # fmt: skip
+        yield from self._guard(one, [name.value])
 
     def _expects(self, key: Scalar, node: Node) -> Iterator[tree.Statement]:
         if not isinstance(node, Sequence_):
@@ -378,8 +402,8 @@ class _Reading:
             if outer and len(values) > 1 and all(isinstance(value, tree.Name) for value in values):
                 values = (tree.List(values, first.span),)  # merge.linear: [$a, $b] takes a list of models
         elif isinstance(first, Mapping_) and first.items and not first.table:
-            inner = ", ".join(f"{k.value}: ..." for k, _ in first.items[:3])
-            help_ = f"write {{{name.value}: [], {inner}}}"
+            inner = ", ".join(f"{k.value}: ..." for k, _ in first.items[:4] if k.value != "model")
+            help_ = f"write {{{name.value}: [{'$MODEL' if outer else ''}], {inner}}}"
             raise EffcError(
                 _shape(first.span, "arguments stand beside the name of a call, not under it", help_)
             )

@@ -46,7 +46,7 @@ MODEL_SOURCES: Mapping[str, Entry] = {
     "load": Entry(
         "load",
         "model",
-        "Read a model: a folder in Hugging Face layout, an artefact, zoo:NAME, or hf:org/name from the local cache.",
+        "Read a model: a Hugging Face folder, an artefact, zoo:NAME, or hf:org/name from the local cache.",
         family="model",
         parameters=(
             Parameter("path", (_PATH,), "a folder, an artefact, zoo:NAME or hf:org/name", required=True),

@@ -1,4 +1,4 @@
-"""From a spec class to its catalogue entry: fields with types, units and limits, and what the class states."""
+"""From a spec class to its catalogue entry: fields with types, units and limits, and what it states."""
 
 from __future__ import annotations
 

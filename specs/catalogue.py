@@ -1,4 +1,4 @@
-"""Catalogue: what methods, parts, sources and exports there are, as data, so that checking imports none of them."""
+"""Catalogue: the methods, parts, sources and exports there are, as data: checking imports none of them."""
 
 from __future__ import annotations
 
@@ -172,9 +172,12 @@ class Catalogue:
         names = [e.kind for e in self.entries if role in (None, e.role)]
         last = kind.rpartition(".")[2]
         same = [name for name in names if name.rpartition(".")[2] == last]
+        alike = get_close_matches(kind, names, n=1, cutoff=0.85)
+        if same or alike:
+            return same[:3] or alike
         by_last = {name.rpartition(".")[2]: name for name in names}
         like = [by_last[name] for name in get_close_matches(last, by_last, n=2, cutoff=0.75)]
-        return list(dict.fromkeys([*same, *get_close_matches(kind, names, n=3, cutoff=0.65), *like]))[:3]
+        return list(dict.fromkeys([*get_close_matches(kind, names, n=3, cutoff=0.65), *like]))[:3]
 
 
 def _parameter(known: Mapping[str, Any]) -> Parameter:

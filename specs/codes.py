@@ -1,7 +1,7 @@
 """Every code of a diagnostic, with one sentence. Append only: a code is never given a second meaning.
 
-E1 syntax, E2 meaning, E3 contract and plan, E4 rewrite, model and file, E5 kernel and export, E6 run and store;
-W is a warning. `effc explain CODE` prints the sentence.
+E1 syntax, E2 meaning, E3 contract and plan, E4 rewrite, model and file, E5 kernel and export, E6 run and
+store; W is a warning. `effc explain CODE` prints the sentence.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CODES: Mapping[str, str] = {
     "E215": "The word is not one of those that the argument knows.",
     "E216": "The command line sets a param that the recipe does not have.",
     "E217": "The command line sets a param to text that is no value, or to another kind of value.",
-    "E218": "`use` names a recipe that cannot be brought in: missing, outside the folder tree, or in a circle.",
+    "E218": "`use` names a recipe that cannot be brought in: missing, outside the folder, or in a circle.",
     "E219": "There is no metric of this name.",
     "E220": "The two sides of an `expect` cannot be compared.",
     "E221": "An `expect` judges a model on data that it may have been trained on.",

@@ -17,12 +17,23 @@ class Measure:
 
 
 MEASURES: Mapping[str, Measure] = {
-    "bytes": Measure("bytes of the model as an artefact stores it", "nothing", "bytes", "small.bytes <= 6 MB"),
+    "bytes": Measure(
+        "bytes of the model as an artefact stores it", "nothing", "bytes", "small.bytes <= 6 MB"
+    ),
     "params": Measure("logical weights, a tied one once", "nothing", "count", "small.params <= 8M"),
     "flops": Measure("floating-point operations a token", "nothing", "flops", "small.flops <= 20M"),
     "kv_bytes": Measure("bytes of a cache of T tokens", "number", "bytes", "small.kv_bytes(4096) <= 6 MB"),
-    "loss": Measure("nats a token, on held-out data", "sequences", "nats", "small.loss(code) <= base.loss(code) + 3%"),
-    "bpb": Measure("bits a byte of text, on held-out data", "sequences", "bits a byte", "small.bpb(code) <= 1.9"),
-    "acc": Measure("share of questions answered right", "questions", "points", "small.acc(quiz) >= base.acc(quiz) - 1 point"),
+    "loss": Measure(
+        "nats a token, on held-out data", "sequences", "nats", "small.loss(code) <= base.loss(code) + 3%"
+    ),
+    "bpb": Measure(
+        "bits a byte of text, on held-out data", "sequences", "bits a byte", "small.bpb(code) <= 1.9"
+    ),
+    "acc": Measure(
+        "share of questions answered right",
+        "questions",
+        "points",
+        "small.acc(quiz) >= base.acc(quiz) - 1 point",
+    ),
     "latency": Measure("seconds to decode one token", "nothing", "seconds", "small.latency <= 20 ms"),
-}  # fmt: skip
+}

@@ -52,10 +52,10 @@ UNITS = tuple(sorted({unit for units in DIMENSIONS.values() for unit in units}))
 
 
 def to_base(number: float, unit: str | None, dimension: str | None) -> float | None:
-    """A written quantity in base units, an int where that is exact; None if the unit measures something else."""
+    """A quantity in base units, an int where that is exact; None if the unit measures something else."""
     if unit is None:
         return number
-    factor = DIMENSIONS[dimension].get(unit) if dimension in DIMENSIONS else None
+    factor = DIMENSIONS.get(dimension or "", {}).get(unit)
     if factor is None:
         return None
     if factor < 1:  # 75% is 75 / 100, correctly rounded, where 75 * 0.01 need not be

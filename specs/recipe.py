@@ -44,7 +44,7 @@ class Call:
 
 
 Value = None | bool | int | float | str | tuple["Value", ...] | Mapping[str, "Value"] | Ref | Call
-"""A gradient over the layers, `depth(0.3, 0.7)`, is the Call with kind "depth" and arguments `first`, `last`."""
+"""A gradient over the layers, `depth(0.3, 0.7)`, is a Call of kind "depth" with arguments `first`, `last`."""
 
 
 @dataclass(frozen=True, slots=True)

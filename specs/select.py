@@ -78,7 +78,7 @@ def resolve(
 
 
 def table_lines(table: Table, names: Sequence[Name]) -> list[str]:
-    """The table for people: modules of one role that are treated alike share a line, their layers as ranges."""
+    """The table for people: modules of one role treated alike share a line, their layers as ranges."""
     groups: dict[tuple[str, str], list[int | None]] = {}
     for name in names:
         given = table.get(name.path)
