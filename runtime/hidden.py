@@ -34,7 +34,7 @@ class Hidden:
 
     folder: Path | None = None
     """Where to spill; None keeps everything in memory."""
-    limit: int = LIMIT
+    limit: int = field(default_factory=lambda: LIMIT)
     _held: dict[int, Tensor | _Spilled] = field(default_factory=dict)
     _bytes: int = 0
 

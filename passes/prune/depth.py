@@ -67,8 +67,8 @@ class Depth(Observe):
 
     def observe(self, layer: int, before: Tensor, after: Tensor) -> Tensor:
         """before, after [B, T, D] -> [sum of 1 - cos, tokens] float64"""
-        cos = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-        return torch.stack([(1 - cos).double().sum(), torch.tensor(float(cos.numel()), dtype=torch.float64)])
+        cos = torch.cosine_similarity(before.double(), after.double(), dim=-1)
+        return torch.stack([(1 - cos).sum(), torch.tensor(float(cos.numel()), dtype=torch.float64)])
 
     def rewrite(self, rw: Rewriter, seen: Mapping[int, Tensor]) -> Mapping[str, float]:
         influence = {layer: float(total / tokens) for layer, (total, tokens) in seen.items()}

@@ -26,7 +26,7 @@ from effc.specs.units import Share, Unit
 
 
 class GPTQ(Uniform, Calibrate):
-    """Round weights so that the layer's outputs stay, not the weights: later columns make up for earlier ones.
+    """Round weights so that outputs stay rather than weights: later columns make up for earlier ones.
 
     With H = 2 E[x x^T] of the layer's inputs and inv(H) = U^T U, for every column j:
     q_j = round(w_j), e = (w_j - q_j) / U_jj, W[:, j:] -= e U[j, j:].
