@@ -97,8 +97,9 @@ def words(unit: QuantLinear) -> Iterator[tuple[str, Tensor]]:
     if zero is not None:
         codes = (zero.t().to(torch.int16) + (1 << (unit.bits - 1))).to(torch.uint8)
         yield "weight_zero_point", _words(pack(codes.contiguous(), unit.bits)).t().contiguous()
-    if unit.bias is not None:
-        yield "bias", unit.bias.detach()  # type: ignore[union-attr]
+    bias = unit._parameters.get("bias")
+    if bias is not None:
+        yield "bias", bias.detach()
 
 
 def _words(stream: Tensor) -> Tensor:

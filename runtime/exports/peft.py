@@ -1,0 +1,152 @@
+"""A folder with the adapters alone, which peft puts on the model they were trained on."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from effc.compiler.blocks import Linear, LoraLinear, QuantLinear
+from effc.compiler.checkpoint_write import SafetensorsWriter
+from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
+from effc.runtime.adapter import CONFIG, WEIGHTS
+from effc.runtime.consumer import ask, need
+from effc.runtime.exports import _folder
+from effc.runtime.exports._export import Export, Verdict, probe
+from effc.runtime.exports._names import spots
+from effc.specs.diagnostic import Diagnostic
+
+TOLERANCE = 1e-4
+"""Relative RMS of the logits, in float32 on both sides."""
+
+
+class Peft(Export):
+    """Write adapter_config.json and adapter_model.safetensors, as peft's `save_pretrained` does.
+
+    The weights beneath are not written. Verified on a float32 copy of them, unpacked where they are packed.
+    """
+
+    examples: ClassVar[tuple[str, ...]] = ('peft("out/lora")',)
+
+    path: str = Field(min_length=1, description="the folder to write")
+
+    def ready(self) -> None:
+        need("peft")
+
+    def refuses(self, model: Model) -> Sequence[Diagnostic]:
+        found = _folder.differences(self.kind, model)
+        if found:
+            return found
+        places = spots(model)
+        units = adapters(model)
+        if not units:
+            help = "train one with adapt.lora, or export the model as hf"
+            return [Diagnostic("E464", f"`{self.kind}` needs an adapter, and the model has none", help=help)]
+        shared = [path for path in units if path not in places or places[path].parts]
+        if shared:
+            why = f"{', '.join(shared[:4])}: {model.architecture} stores them in one matrix with others"
+            return [_folder.cannot(self.kind, why)]
+        other = {type(unit).__name__ for _, unit in model.units() if type(unit).__name__ in _UNREAD}
+        return [_folder.cannot(self.kind, f"the weights beneath hold {name}") for name in sorted(other)]
+
+    def write(self, model: Model, place: Path) -> None:
+        place.mkdir()
+        units = adapters(model)
+        names = {path: spot.name for path, spot in spots(model).items()}
+        told = settings({names[path]: unit for path, unit in units.items()}, list(names.values()), model)
+        (place / CONFIG).write_text(json.dumps(told, indent=2) + "\n")
+        tensors = {
+            f"base_model.model.{names[path]}.lora_{factor}.weight": tensor.detach()
+            for path, unit in units.items()
+            for factor, tensor in (("A", unit.a), ("B", unit.b))
+        }
+        layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        with SafetensorsWriter(place / WEIGHTS, layout) as file:
+            for name, tensor in tensors.items():
+                file.put(name, tensor)
+
+    def verify(self, place: Path, model: Model) -> Verdict:
+        """peft puts the adapter on the model's own weights, written for it in the layout of transformers."""
+        ids = probe(model)
+        model = model.to(torch.float32)
+        with torch.no_grad():
+            want = model(ids).float()
+        with tempfile.TemporaryDirectory(prefix="effc-base-") as work:
+            base = Path(work) / "base"
+            below = bare(model)
+            _folder.write(below, base, _folder.config_of(below), {})
+            answer = ask("peft", place, ids, base=base)
+        return Verdict.of(answer, want, TOLERANCE)
+
+
+_UNREAD = ("QuantEmbedding", "QuantStackedLinear", "LowRankLinear")
+"""Units that have no dense copy in the layout of transformers yet."""
+
+
+def adapters(model: Model) -> dict[str, LoraLinear]:
+    """Canonical path -> adapter."""
+    return {path: unit for path, unit in model.units() if isinstance(unit, LoraLinear)}
+
+
+def settings(units: dict[str, LoraLinear], names: Sequence[str], model: Model) -> dict[str, Any]:
+    """adapter_config.json: names on disk -> adapters; `names` are those of all modules."""
+    root = all(unit.scaling == "sqrt_rank" for unit in units.values())
+    alphas = {n: u.alpha if root or u.scaling == "rank" else u.factor * u.rank for n, u in units.items()}
+    rank = Counter(unit.rank for unit in units.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if "head" in model.roles else "FEATURE_EXTRACTION",
+        "base_model_name_or_path": str(model.config.get("_name_or_path") or "") or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max(unit.dropout for unit in units.values()),
+        "use_rslora": root,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "target_modules": _targets(list(units), names),
+        "rank_pattern": {name: unit.rank for name, unit in units.items() if unit.rank != rank},
+        "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
+    }
+
+
+def _targets(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Last parts of names where all modules of that name are adapted, else whole names."""
+    inside = set(adapted)
+    found: set[str] = set()
+    for name in adapted:
+        last = name.rpartition(".")[2]
+        alike = [n for n in names if n.rpartition(".")[2] == last]
+        found.add(last if inside.issuperset(alike) else name)
+    return sorted(found)
+
+
+def bare(model: Model) -> Model:
+    """The model without adapters, its linears dense."""
+    rw = Rewriter(model)
+    for path, unit in list(model.units()):
+        beneath = unit.base if isinstance(unit, LoraLinear) else unit
+        if path.endswith(".base") or not isinstance(unit, LoraLinear | QuantLinear):
+            continue
+        if isinstance(beneath, QuantLinear):
+            bias = beneath._parameters.get("bias")
+            plain = Linear(
+                in_features=beneath.in_features, out_features=beneath.out_features, bias=bias is not None
+            )
+            rw.swap(path, plain)
+            rw.write(path, "weight", beneath.dense())
+            if bias is not None:
+                rw.write(path, "bias", bias.detach().float())
+        else:
+            rw.swap(path, rw.module(path).base)
+    return rw.done()
