@@ -2,7 +2,7 @@
 
 An `expect` is judged as soon as its models exist. It is about those of its models that none of the others is
 made from: `small.loss <= base.loss + 3%` judges small. One that fails cancels every stage behind the model
-it is about. An export is published once each `expect` about its model, or about what that was made from, holds.
+it is about. An export is published once each `expect` about its model, or about what made it, holds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whole recipes: what runs again, what an `expect` stops, how a stopped run goes on, how two share a store."""
+"""Whole recipes: what runs again, what an `expect` stops, how a stopped run goes on."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from effc.runtime import closure, gates, training_state
+from effc.runtime.artifact import story
 from effc.runtime.cache import gc, ls, ls_text, why_miss, why_text
 from effc.runtime.front import parse
 from effc.runtime.progress import Event, JsonLines, Lines, Live, sentence
@@ -198,7 +199,11 @@ def test_an_output_that_cannot_be_written_is_said_at_the_export(work: Workplace,
     assert "export small as artifact" in problem.render()
     (tmp_path / "out").unlink()
     work.run(text)
-    assert work.names("start") == ["artifact of small"], "only the export is left to do"
+    assert work.names("start") == ["artifact of small", "side"], "what was made before stays made"
+    told = story(tmp_path / "out" / "small.effc")
+    assert told.recipe == text
+    assert {s["name"]: s["method"] for s in told.lock["stages"]}["heal"] == "distill.logits"
+    assert {edit[0] for edit in told.edits} == {"thin", "heal", "small"}
 
 
 def test_errors_point_at_the_binding(work: Workplace) -> None:
@@ -259,12 +264,16 @@ def test_every_checkpoint_of_a_training_leads_to_the_same_end(
 
 
 def test_a_unit_that_does_not_end_is_cut_short_within_two_seconds() -> None:
+    def endless() -> None:
+        with Stopping() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            assert stop()
+            while time.perf_counter() - start < 5:
+                pass
+
     start = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt), Stopping() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        assert stop()
-        while time.perf_counter() - start < 5:
-            pass
+    with pytest.raises(KeyboardInterrupt):
+        endless()
     assert 0.5 < time.perf_counter() - start < 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
