@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 Codes = NDArray[np.uint64]
 Symbols = NDArray[np.uint64]
 
+_LEAST = 0.05
+"""Least discount: in little text the estimate can be zero, and what was not seen would be impossible."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Order:
@@ -83,7 +86,7 @@ class NGram:
         n1, n2, n3, n4 = (max(1, int((counts == i).sum())) for i in (1, 2, 3, 4))
         y = n1 / (n1 + 2 * n2)
         discounts = np.array([0.0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3])
-        discounts = np.clip(discounts, 0.0, [0.0, 1.0, 2.0, 3.0])
+        discounts = np.clip(discounts, [0.0, *[_LEAST] * 3], [0.0, 1.0, 2.0, 3.0])
         taken = np.add.reduceat(discounts[np.minimum(counts, 3)], starts)
         totals = np.add.reduceat(counts.astype(np.float64), starts)
         return _Order(grams, counts.astype(np.float64), contexts, totals, taken, discounts)

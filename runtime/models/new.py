@@ -35,7 +35,7 @@ class New(ModelSource):
     """
 
     examples: ClassVar[tuple[str, ...]] = (
-        'new("llama", tokenizer = "specs/zoo/pylm", layers = 2, width = 64, hidden = 128, heads = 4)',
+        'new(llama, tokenizer = "specs/zoo/pylm", layers = 2, width = 64, hidden = 128, heads = 4)',
     )
 
     architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = Field(description="family of the blocks")
