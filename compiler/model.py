@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from effc.compiler.assemble import module_of
 from effc.compiler.blocks import Unit
 from effc.compiler.roles import Role, canonical, layer_of
-from effc.compiler.sharing import aliases, cloned_graph, cloned_modules, put
+from effc.compiler.sharing import aliases, cloned_graph, cloned_modules, owned, put
 from effc.compiler.step import Cache, Phase, Step
 from effc.compiler.weights import WeightSource
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -90,8 +90,7 @@ class Model(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Every parameter and buffer by canonical name; a tied one under its first name only."""
-        named = dict(self.gm.named_parameters())
-        return named | dict(self.gm.named_buffers())
+        return dict(owned(self.gm))
 
     def ties(self) -> dict[str, str]:
         """Names that share a tensor with another: alias -> owner (the first name)."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
 from effc.compiler.blocks import Linear, Unit
-from effc.compiler.layers import arranged
+from effc.compiler.layers import arranged, runs
 from effc.compiler.match import Hit, Pattern, find
 from effc.compiler.model import Model, leaf
 from effc.compiler.roles import Role, canonical
-from effc.compiler.sharing import cloned, put
+from effc.compiler.sharing import cloned, put, walk
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 
@@ -42,6 +43,7 @@ class Rewriter:
         self.written: set[str] = set()
         """Names of tensors that are new: written, or inside a module swapped in."""
         self._origins = {name: name for name in self.model.tensors()}
+        self._held: dict[int, tuple[Any, str | None]] | None = None
 
     # -- looking
 
@@ -102,15 +104,24 @@ class Rewriter:
             for name, child in old._modules.items():
                 if _spec(new._modules.get(name, child)) == _spec(child):
                     new._modules[name] = child
-        before = self._known()
+        before = self._held or self._known()
         parent, _, name = path.rpartition(".")
         self.model.module(parent)._modules[name] = new
         new.train(self.model.training)
         roles = {p: r for p, r in self.model.roles.items() if not p.startswith(path + ".")}
         self.model.roles = _ordered(roles | _roles_below(self.model.gm, path))
-        self._follow(before)
+        if self._held is None:
+            self._follow(before)
         self._touch(path)
         self.log.append(Edit("swap", path, detail or f"{type(old).__name__} -> {type(new).__name__}"))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Swaps inside are booked once, at the end: hundreds of them in a large model take no time."""
+        self._held = known = self._known()
+        yield
+        self._held = None
+        self._follow(known)
 
     def tie(self, path: str, to: str) -> None:
         """Make every tensor at `path` the very same as its namesake at `to`."""
@@ -179,7 +190,7 @@ class Rewriter:
         kept = {path: role for path, role in old.roles.items() if role.layer is None}
         self.model = old.like(gm, _ordered(kept | roles))
         self._follow(before)
-        self.log.append(Edit("arrange", "layers", f"{old.layers} -> {len(order)}: {_runs(order)}"))
+        self.log.append(Edit("arrange", "layers", f"{old.layers} -> {len(order)}: {runs(order)}"))
 
     def insert(self, path: str, module: nn.Module, after: str) -> None:
         """Put a new block behind the block at `after`; everything that read `after` reads it."""
@@ -270,7 +281,8 @@ def _spec(module: nn.Module | None) -> Any:
 
 def _roles_below(gm: fx.GraphModule, path: str) -> dict[str, Role]:
     """Canonical roles of the weight-holding units at and below a path."""
-    below = [p for p, m in gm.named_modules() if (p + ".").startswith(path + ".") and isinstance(m, Unit)]
+    inside = walk(gm.get_submodule(path))
+    below = [f"{path}.{p}" if p else path for p, m in inside if isinstance(m, Unit)]
     return {p: role for p in below if (role := canonical(p)) and leaf(gm, p)}
 
 
@@ -285,14 +297,3 @@ def _ordered(roles: dict[str, Role]) -> dict[str, Role]:
         return -1 if path.startswith("embedding") else last
 
     return dict(sorted(roles.items(), key=key))
-
-
-def _runs(order: Sequence[int]) -> str:
-    """0, 1, 2, 5 as 0-2, 5."""
-    runs: list[list[int]] = []
-    for n in order:
-        if runs and n == runs[-1][-1] + 1:
-            runs[-1].append(n)
-        else:
-            runs.append([n])
-    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

@@ -11,15 +11,47 @@ from torch import Tensor, fx, nn
 from effc.compiler.blocks import Unit
 
 
+def walk(module: nn.Module, once: bool = True) -> list[tuple[str, nn.Module]]:
+    """Every module below with its path, parents first; `once` leaves out what was met under another path.
+
+    The same as `named_modules`, several times faster; large models are walked for every edit.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def below(path: str, item: nn.Module) -> None:
+        if once and id(item) in seen:
+            return
+        seen.add(id(item))
+        found.append((path, item))
+        for name, child in item._modules.items():
+            if child is not None:
+                below(f"{path}.{name}" if path else name, child)
+
+    below("", module)
+    return found
+
+
+def owned(module: nn.Module, once: bool = True) -> list[tuple[str, Tensor]]:
+    """Parameters, then buffers, by name; `once` leaves out what was met under another name."""
+    parameters: list[tuple[str, Tensor]] = []
+    buffers: list[tuple[str, Tensor]] = []
+    seen: set[int] = set()
+    for path, item in walk(module, once):
+        for into, slots in ((parameters, item._parameters), (buffers, item._buffers)):
+            for name, tensor in slots.items():
+                if tensor is None or (once and id(tensor) in seen):
+                    continue
+                seen.add(id(tensor))
+                into.append((f"{path}.{name}" if path else name, tensor))
+    return [*parameters, *buffers]
+
+
 def aliases(module: nn.Module) -> dict[str, str]:
     """Names that share a parameter or buffer object with an earlier name: alias -> first name."""
     first: dict[int, str] = {}
     found: dict[str, str] = {}
-    everything = (
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    )
-    for name, tensor in everything:
+    for name, tensor in owned(module, once=False):
         owner = first.setdefault(id(tensor), name)
         if owner != name:
             found[name] = owner
