@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 from effc.compiler.checkpoint import NAMES, refuse
+from effc.compiler.weights import LazyTensor
+
+SHARD = 5 * 10**9
+"""Bytes of weights in one file; larger models are split, as other tools expect."""
 
 Layout = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 """Tensor name -> shape and dtype, in the order of the file."""
@@ -108,3 +112,25 @@ def check_free(folder: Path, needed: int) -> None:
     free = stat.f_bavail * stat.f_frsize
     if free < needed:
         refuse("E419", folder, f"{needed} bytes are due, and the disk has {free} free", "free some disk")
+
+
+def write_folder(folder: Path, tensors: Mapping[str, LazyTensor], limit: int = SHARD) -> list[str]:
+    """Write tensors, one in memory at a time, as model.safetensors, or as shards with an index beyond `limit`.
+
+    Returns the names of the files.
+    """
+    parts = shards({name: (t.shape, t.dtype) for name, t in tensors.items()}, limit)
+    count = len(parts)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = ["model.safetensors"] if count == 1 else names
+    for name, part in zip(names, parts, strict=True):
+        with SafetensorsWriter(folder / name, part) as file:
+            for tensor in part:
+                file.put(tensor, tensors[tensor].read())
+    if count == 1:
+        return names
+    table = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": table}
+    path = folder / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [*names, path.name]

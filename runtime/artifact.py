@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from effc.compiler.checkpoint import parse_json, read_folder, within
-from effc.compiler.checkpoint_write import SafetensorsWriter, shards
+from effc.compiler.checkpoint_write import write_folder
 from effc.compiler.graph_json import from_json, to_json
 from effc.compiler.importer import TOKENIZER_FILES
 from effc.compiler.model import Model, TokenizerFiles
@@ -32,8 +32,6 @@ from effc.specs.diagnostic import Diagnostic, EffcError
 FORMAT = 1
 MANIFEST = "manifest.json"
 STRUCTURE = "model.json"
-SHARD = 5 * 10**9
-"""Bytes of weights in one file."""
 MAX_JSON = 16 << 20
 MAX_MANIFEST = 4 << 20
 MAX_TOKENIZER = 128 << 20
@@ -81,7 +79,8 @@ def write(model: Model, folder: Path, story: Story | None = None) -> None:
     """
     structure = to_json(model) | {"facts": _plain(model.facts)}
     folder.mkdir()
-    _weights(model, folder)
+    tensors = {n: model.weights[n] if t.is_meta else resident(t) for n, t in model.tensors().items()}
+    write_folder(folder, tensors)
     contents = (story or Story()).files() | {STRUCTURE: _pretty(structure)}
     if model.tokenizer is not None:
         contents |= model.tokenizer.files
@@ -209,23 +208,6 @@ def story(folder: Path) -> Story:
         text("report.html"),
         kernels,
     )
-
-
-def _weights(model: Model, folder: Path) -> None:
-    tensors = {n: model.weights[n] if t.is_meta else resident(t) for n, t in model.tensors().items()}
-    layout = {n: (t.shape, t.dtype) for n, t in tensors.items()}
-    parts = shards(layout, SHARD)
-    count = len(parts)
-    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    names = ["model.safetensors"] if count == 1 else names
-    for name, part in zip(names, parts, strict=True):
-        with SafetensorsWriter(folder / name, part) as file:
-            for tensor in part:
-                file.put(tensor, tensors[tensor].read())
-    if count > 1:
-        table = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}
-        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": table}
-        (folder / "model.safetensors.index.json").write_bytes(_pretty(index))
 
 
 def _content(folder: Path, name: str, listed: Mapping[str, tuple[int, str]], limit: int) -> bytes:

@@ -1,0 +1,238 @@
+"""Export: a model back to the names, layout and config.json of its family; what these cannot say is named.
+
+The config is the source's own with what stages changed. Whether it expresses the result is asked of the
+importer: the model that the new config builds must have the same blocks in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effc.compiler.architecture import Architecture, architecture, read_config
+from effc.compiler.blocks import MLP, Attention, Embedding, LoraLinear, MoE, Unit
+from effc.compiler.importer import Place, build, fused_groups, places
+from effc.compiler.model import Model
+from effc.compiler.weights import LazyTensor
+from effc.specs.diagnostic import EffcError
+
+_STANDS_FOR = {
+    "QuantLinear": "Linear",
+    "LowRankLinear": "Linear",
+    "LoraLinear": "Linear",
+    "QuantStackedLinear": "StackedLinear",
+    "QuantEmbedding": "Embedding",
+}
+"""Units that a stage made -> the dense unit whose numbers they can give."""
+_STORAGE = {"dtype", "bits", "group", "symmetric", "scale_dtype", "rank", "alpha", "scaling", "dropout"}
+"""Arguments that say how weights are stored and not what is computed from them."""
+
+
+def emitted(model: Model) -> dict[str, Any]:
+    """config.json of the model: the source's, with the sizes that stages changed.
+
+    Raises:
+        EffcError: E430 for a model without a known architecture, E432 when the source's config is not read.
+    """
+    family = architecture(model.architecture)
+    config = dict(model.config)
+    before = read_config(family, config)
+    for word, value in _sizes(model).items():
+        key = family.writes.get(word)
+        if key is not None and word in before and before[word] != value:
+            config[key] = value
+    if isinstance(config.get("layer_types"), list):
+        config["layer_types"] = config["layer_types"][: model.layers]
+        config["layer_types"] += ["full_attention"] * (model.layers - len(config["layer_types"]))
+    if "window" in before:
+        windows = [block.window for block in _each(model, Attention)]
+        if len(windows) == model.layers and read_config(family, config)["window"] != windows:
+            config["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
+    dtype = str(main_dtype(model)).removeprefix("torch.")
+    config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype
+    config["architectures"] = [_written(family, config)]
+    for key in ("auto_map", "quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    return config
+
+
+def inexpressible(model: Model, dense: bool = False) -> list[str]:
+    """Why the family's layout cannot hold the model, in words that name the blocks; empty when it can.
+
+    `dense`: packed and factored weights count as the dense ones that they stand for. Works on a meta model.
+    """
+    if not model.architecture:
+        return ["the model has no architecture that other tools know"]
+    try:
+        twin = build(architecture(model.architecture), emitted(model), main_dtype(model))
+    except EffcError as problem:
+        return [note for d in problem.diagnostics for note in (d.title, *d.notes)][:4]
+    found = _packed(model) if not dense else []
+    ours, theirs = (list(map(_called, m.gm.graph.nodes)) for m in (model, twin))
+    if ours != theirs:
+        new = [f"`{name}`" for name in dict.fromkeys(ours) if name not in set(theirs)]
+        lost = [f"`{name}`" for name in dict.fromkeys(theirs) if name not in set(ours)]
+        words = [f"has {_some(new)} besides"] if new else []
+        words += [f"lacks {_some(lost)}"] if lost else []
+        return [*found, f"the graph {' and '.join(words) or 'runs its blocks in another order'}"]
+    for path, unit in twin.units():
+        mine = model.module(path)
+        if isinstance(mine, LoraLinear):
+            mine = mine.base
+        if _standing(mine) != type(unit).__name__:
+            found.append(f"`{path}` is {type(mine).__name__}, the family has {type(unit).__name__} there")
+        elif isinstance(mine, Unit) and (differing := _differing(mine, unit)):
+            found.append(f"`{path}` has {differing}")
+    return found if len(found) <= 6 else [*found[:6], f"and {len(found) - 6} more"]
+
+
+def stored_tensors(model: Model) -> dict[str, LazyTensor]:
+    """Names on disk -> tensors, made one at a time from the canonical ones when they are read.
+
+    Packed and factored weights are given dense; tensors that layers share are written for each of them.
+    The model must be expressible; its tensors are read as they are needed.
+    """
+    twin = build(architecture(model.architecture), emitted(model), main_dtype(model))
+    table = places(architecture(model.architecture), twin)
+    shapes = {name: tuple(t.shape) for name, t in twin.tensors().items()}
+    found: dict[str, LazyTensor] = {}
+    for name, parts in fused_groups(table):
+        place = table[parts[0]]
+        dtype = _dtype_of(model, parts[0])
+        if place.experts:
+            for e in range(place.experts):
+                shape = shapes[parts[0]][1:]
+                found[name.replace("{e}", str(e))] = LazyTensor(shape, dtype, _expert(model, parts[0], e))
+            continue
+        shape = (sum(shapes[p][0] for p in parts), *shapes[parts[0]][1:])
+        shape = shape[::-1] if place.transpose else shape
+        found[name] = LazyTensor(shape, dtype, _joined(model, parts, place))
+    return found
+
+
+def main_dtype(model: Model) -> torch.dtype:
+    """The dtype of the norms, which no stage packs; else that of the first floating tensor."""
+    floating = {n: t.dtype for n, t in model.tensors().items() if t.is_floating_point()}
+    return next((d for n, d in floating.items() if "norm" in n), next(iter(floating.values()), torch.float32))
+
+
+def _sizes(model: Model) -> dict[str, Any]:
+    """Our words -> sizes as the blocks have them, the first block's where they differ."""
+    sizes: dict[str, Any] = {"layers": model.layers}
+    for attention in _each(model, Attention)[:1]:
+        sizes |= {"heads": attention.heads, "kv_heads": attention.kv_heads, "head_dim": attention.head_dim}
+    for mlp in _each(model, MLP)[:1]:
+        sizes["hidden"] = mlp.hidden
+    for moe in _each(model, MoE)[:1]:
+        sizes |= {"hidden": moe.hidden, "experts": moe.n_experts, "active": moe.active}
+    for embedding in _each(model, Embedding)[:1]:
+        sizes["vocab"] = embedding.vocab
+    if "head" in dict(model.gm.named_children()):
+        ties = model.ties()
+        sizes["tied"] = any(a.startswith("head.") and o.startswith("embedding.") for a, o in ties.items())
+    return sizes
+
+
+def _each(model: Model, kind: type[Any]) -> list[Any]:
+    """Blocks of a kind, in the order in which the graph calls them."""
+    called = (model.module(str(n.target)) for n in model.gm.graph.nodes if n.op == "call_module")
+    return [block for block in called if isinstance(block, kind)]
+
+
+def _written(family: Architecture, config: Mapping[str, Any]) -> str:
+    """The class that transformers makes: the source's own where the weights written are all it has."""
+    named = config.get("architectures")
+    headless = {c for c in family.classes if c.endswith("Model") and not c.endswith("LMHeadModel")}
+    if isinstance(named, list) and named and named[0] in family.classes:
+        if not family.encoder and named[0] in headless:
+            return family.classes[0]
+        return family.classes[0] if family.encoder else str(named[0])
+    return family.classes[0]
+
+
+def _called(node: torch.fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else f"{node.op} {node.name.partition('_')[0]}"
+
+
+def _packed(model: Model) -> list[str]:
+    kinds: dict[str, list[str]] = {}
+    for path, unit in model.units():
+        if type(unit).__name__ in _STANDS_FOR:
+            kinds.setdefault(type(unit).__name__, []).append(f"`{path}`")
+    return [f"{_some(paths)} hold {kind}" for kind, paths in kinds.items()]
+
+
+def _standing(module: nn.Module) -> str:
+    name = type(module).__name__
+    return _STANDS_FOR.get(name, name)
+
+
+def _differing(mine: Unit, other: Unit) -> str:
+    """Arguments that differ, in words."""
+    ours, theirs = mine.spec(), other.spec()
+    keys = [k for k in theirs if k not in _STORAGE | {"type"} and k in ours and ours[k] != theirs[k]]
+    return ", ".join(f"{k} {_short(ours[k])} where the config gives {_short(theirs[k])}" for k in keys)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _dtype_of(model: Model, name: str) -> torch.dtype:
+    """What a tensor is stored as: its own dtype, the model's where it was packed."""
+    tensor = _own(model, name)
+    return tensor.dtype if tensor is not None else main_dtype(model)
+
+
+def _own(model: Model, name: str) -> Tensor | None:
+    """The tensor as it lies in the model, beneath an adapter where there is one; None when packed."""
+    path, _, slot = name.rpartition(".")
+    module = model.module(path)
+    if isinstance(module, LoraLinear):
+        module = module.base
+    own = module._parameters.get(slot)
+    return own if own is not None else module._buffers.get(slot)
+
+
+def _dense(model: Model, name: str) -> Tensor:
+    """A canonical tensor as plain numbers in the dtype it is stored in.
+
+    Packed and factored weights are computed; an adapter's change is added to what lies beneath.
+    """
+    path, _, slot = name.rpartition(".")
+    module: Any = model.module(path)
+    dtype = _dtype_of(model, name)
+    beneath: Any = module.base if isinstance(module, LoraLinear) else module
+    own = _own(model, name)
+    value: Tensor = own.detach() if own is not None else beneath.dense()
+    if own is None and hasattr(beneath, "experts"):
+        value = value.view(beneath.experts, -1, value.shape[-1])
+    if isinstance(module, LoraLinear) and slot == "weight":
+        value = value.float() + module.change()
+    return value.to(dtype)
+
+
+def _joined(model: Model, parts: list[str], place: Place) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        tensors = [_dense(model, name) for name in parts]
+        whole = tensors[0]
+        if place.head_dim:
+            heads = [t.unflatten(0, (-1, place.head_dim)) for t in tensors]
+            whole = torch.stack(heads, 1).flatten(0, 2)
+        elif len(tensors) > 1:
+            whole = torch.cat(tensors)
+        return (whole.t() if place.transpose else whole).contiguous()
+
+    return read
+
+
+def _expert(model: Model, name: str, expert: int) -> Callable[[], Tensor]:
+    return lambda: _dense(model, name)[expert].contiguous()

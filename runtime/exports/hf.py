@@ -1,0 +1,66 @@
+"""A folder in Hugging Face layout, dense weights only, as transformers and everything built on it load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from effc.compiler.checkpoint_write import write_folder
+from effc.compiler.exporter import emitted, inexpressible, stored_tensors
+from effc.compiler.model import Model
+from effc.runtime.consumer import ask, need
+from effc.runtime.exports._export import Export, Verdict, probe
+from effc.specs.diagnostic import Diagnostic
+
+TOLERANCE = 2e-5
+"""Relative RMS of the logits in float32."""
+
+
+class Hf(Export):
+    """Write config.json, safetensors, tokenizer, generation settings and chat template.
+
+    The config is the source's own with what changed. Weights are written dense: packed or factored ones are
+    refused unless `dense = true`, which writes the numbers they stand for and gives up what packing saved.
+    """
+
+    examples: ClassVar[tuple[str, ...]] = ('hf("out/small")', 'hf("out/small", dense = true)')
+
+    path: str = Field(min_length=1, description="the folder to write")
+    dense: bool = Field(False, description="write packed, factored and adapted weights as dense ones")
+
+    def ready(self) -> None:
+        need("transformers")
+
+    def refuses(self, model: Model) -> Sequence[Diagnostic]:
+        why = inexpressible(model, self.dense)
+        if not why:
+            return ()
+        fits = "artifact holds every model that effc can make"
+        if not self.dense and not inexpressible(model, dense=True):
+            packed = "compressed_tensors and gguf hold packed weights, artifact everything"
+            fits = f"{packed}; `dense = true` writes them dense, at full size"
+        return [Diagnostic("E553", "`hf` cannot express this model", notes=tuple(why), help=fits)]
+
+    def write(self, model: Model, place: Path) -> None:
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(emitted(model), indent=2) + "\n", encoding="utf-8")
+        for name, content in (model.tokenizer.files if model.tokenizer else {}).items():
+            (place / name).write_bytes(content)
+        write_folder(place, stored_tensors(model))
+
+    def verify(self, place: Path, model: Model) -> Verdict:
+        """transformers loads the folder in a fresh process and computes the same."""
+        ids = probe(model)
+        wide = model.to(torch.float32)
+        with torch.no_grad():
+            want = wide(ids).float()
+        return Verdict.of(ask("transformers", place, ids), want, self._tolerance(model))
+
+    def _tolerance(self, model: Model) -> float:
+        """Packed weights written dense in half precision are rounded once more."""
+        return 2e-2 if self.dense and inexpressible(model) else TOLERANCE
