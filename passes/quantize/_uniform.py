@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, cast
 
 import torch
@@ -117,12 +117,11 @@ def nearest(
     return q, scale, zero, math.sqrt(squares / total) if total else 0.0
 
 
-def place(rw: Rewriter, path: str, unit: PackedUnit) -> set[str]:
+def place(rw: Rewriter, path: str, unit: PackedUnit, ties: Mapping[str, str]) -> set[str]:
     """Put the packed unit at a path, and units on the same storage wherever the old weight was tied.
 
-    Returns every path that was edited.
+    `ties` are those of the model with its dense weights. Returns every path that was edited.
     """
-    ties = rw.model.ties()
     name = f"{path}.weight"
     owner = ties.get(name, name)
     tied = (n for n in (owner, *(alias for alias, to in ties.items() if to == owner)) if n != name)

@@ -63,10 +63,13 @@ class GPTQ(Uniform, Calibrate):
 
     def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
         done: set[str] = set()
-        for path, method in self.targets(rw.model).items():
-            if path not in done:
-                module = rw.module(path)
-                done |= place(rw, path, packed_unit(module, method.width(method.bits, inputs_of(module))))
+        ties = rw.model.ties()
+        with rw.together():
+            for path, method in self.targets(rw.model).items():
+                if path not in done:
+                    module = rw.module(path)
+                    unit = packed_unit(module, method.width(method.bits, inputs_of(module)))
+                    done |= place(rw, path, unit, ties)
 
     def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
         return [p for p in paths if not isinstance(rw.module(p), Embedding | Packed)]
@@ -96,7 +99,7 @@ class GPTQ(Uniform, Calibrate):
         unit = packed_unit(module, method.width(method.bits, inputs_of(module)))
         q, scale, zero = (torch.cat(parts) for parts in zip(*(p.rounded for p in pieces), strict=True))
         unit.fill(q, scale, None if unit.symmetric else zero)
-        place(rw, path, unit)
+        place(rw, path, unit, rw.model.ties())
         return max(piece.error for piece in pieces)
 
     def work(self, model: Model, seq: int = 0) -> Work:

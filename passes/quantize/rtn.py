@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from effc.compiler.blocks.quant_linear import WHOLE
 from effc.compiler.contract import LOSSY, Contract, Fact
@@ -15,7 +16,7 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
 from effc.passes._dense import finite, inputs_of, matrix
 from effc.passes.quantize._grid import fit, fit_least_squares
-from effc.passes.quantize._uniform import CHUNK, Uniform, nearest, packed_unit, place
+from effc.passes.quantize._uniform import CHUNK, PackedUnit, Uniform, nearest, packed_unit, place
 from effc.specs.paper import FOLKLORE
 from effc.specs.units import Unit
 
@@ -49,22 +50,26 @@ class RTN(Uniform, Rewrite):
     def rewrite(self, rw: Rewriter) -> Mapping[str, float]:
         errors: dict[str, float] = {}
         done: set[str] = set()
-        for path, method in self.targets(rw.model).items():
-            if path in done:
-                continue
-            module = rw.module(path)
-            unit = packed_unit(module, method.width(method.bits, inputs_of(module)))
-            w = matrix(module)
-            if not w.is_meta:
-                finite(path, w)
-                find = fit_least_squares if method.clip == "mse" else fit
-                wide = w.reshape(1, -1) if unit.group == WHOLE else w
-                q, scale, zero, errors[path] = nearest(
-                    wide, method.bits, unit.grid[1], unit.symmetric, method.store, find
-                )
-                unit.fill(q.view_as(w), scale, None if unit.symmetric else zero)
-            done |= place(rw, path, unit)
+        ties = rw.model.ties()
+        with rw.together():
+            for path, method in self.targets(rw.model).items():
+                if path not in done:
+                    module = rw.module(path)
+                    unit = packed_unit(module, method.width(method.bits, inputs_of(module)))
+                    errors |= method.round_into(unit, path, matrix(module))
+                    done |= place(rw, path, unit, ties)
         return errors
+
+    def round_into(self, unit: PackedUnit, path: str, w: Tensor) -> Mapping[str, float]:
+        """Fill a unit with w [R, i] rounded; on meta it stays empty and has no error."""
+        if w.is_meta:
+            return {}
+        finite(path, w)
+        find = fit_least_squares if self.clip == "mse" else fit
+        wide = w.reshape(1, -1) if unit.group == WHOLE else w
+        q, scale, zero, error = nearest(wide, self.bits, unit.grid[1], unit.symmetric, self.store, find)
+        unit.fill(q.view_as(w), scale, None if unit.symmetric else zero)
+        return {path: error}
 
     def work(self, model: Model, seq: int = 0) -> Work:
         tries = 10 if self.clip == "mse" else 1

@@ -117,8 +117,9 @@ class LowRank(Selects, Calibrate):
             )
 
     def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
-        for path, method in self.targets(rw.model).items():
-            rw.swap(path, _blank(rw.module(path), method.rank_of(rw.module(path))))
+        with rw.together():
+            for path, method in self.targets(rw.model).items():
+                rw.swap(path, _blank(rw.module(path), method.rank_of(rw.module(path))))
 
     def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
         return list(paths) if self.metric == "activation" else []

@@ -157,10 +157,11 @@ class Recursive(Rewrite):
         layers = rw.model.layers
         errors: dict[str, float] = {}
         first = self._inner(layers)[0]
-        for tail in _matrices(rw.model, first):
-            means = [_mean(_read(rw, tail, "weight", sources)) for sources in self.sources(layers)]
-            for slot, mean in zip(self.slots(layers), means, strict=True):
-                errors |= self._share(rw, tail, slot, mean)
+        with rw.together():
+            for tail in _matrices(rw.model, first):
+                means = [_mean(_read(rw, tail, "weight", sources)) for sources in self.sources(layers)]
+                for slot, mean in zip(self.slots(layers), means, strict=True):
+                    errors |= self._share(rw, tail, slot, mean)
         for tail in _norms(rw.model, first) if self.tie_norms else ():
             self._share_norm(rw, tail)
         return errors
