@@ -186,7 +186,8 @@ def _in_the_way(
     title = f"`{binding.call.kind}` cannot follow `{giver.call.kind}`"
     if kind.cure and catalogue.find(kind.cure):
         whole = f"{held.by}_folded"
-        help_ = f"fold it in first:\n{whole} = {kind.cure}({held.by})\n{binding.name} = {binding.call.kind}({whole}, ...)"
+        lines = (f"{whole} = {kind.cure}({held.by})", f"{binding.name} = {binding.call.kind}({whole}, ...)")
+        help_ = "fold it in first:\n" + "\n".join(lines)
     elif giver.call.kind == binding.call.kind or _family(giver) == _family(binding) == "quantize":
         help_ = (
             f"quantize once: use rules for other bits in places, or take `{binding.name}` or `{held.by}` out"
@@ -207,7 +208,7 @@ def _in_the_way(
 def _never_given(binding: Binding, need: Claim, ref: Ref) -> Diagnostic:
     label = Label(_call_span(binding), f"needs models whose weights {facts()[need.fact].says}")
     help_ = {
-        "adapter": f'put adapt.lora(...) before it, or read one: model NAME = adapter("...", on = {ref.name})',
+        "adapter": f'put adapt.lora(...) before it, or read one: adapter("...", on = {ref.name})',
     }.get(need.fact, f"let a stage give {need.fact} before")
     return Diagnostic("E301", f"`{binding.call.kind}` finds no {need.fact} in `{ref}`", [label], help=help_)
 

@@ -45,7 +45,7 @@ def read_file(
 
 
 def read(source: Source, catalogue: Catalogue, settings: Sequence[str] = ()) -> Checked:
-    """Check one recipe. Raises EffcError with everything that is wrong, E233 when the settings make several."""
+    """Check one recipe. Raises EffcError with everything that is wrong; E233 if settings make several."""
     found = sweep(source, catalogue, settings)
     if len(found) > 1:
         title = f"the settings make {len(found)} recipes, where one is due"
@@ -153,7 +153,7 @@ def _combinations(settings: Sequence[str]) -> list[dict[str, tree.Value]]:
 
 
 def _values(source: Source, start: int) -> list[tree.Value]:
-    """The values after `=`, split at commas outside brackets. A word is taken as a string in quotes would be."""
+    """The values after `=`, split at commas outside brackets."""
     ends, depth = [], 0
     for chunk in chunks(source, start):
         for token in chunk.tokens:

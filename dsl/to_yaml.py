@@ -119,11 +119,7 @@ def _expect(statement: tree.Expect) -> str:
 def _pairs(call: tree.Call, bound: frozenset[str], outer: bool) -> list[str]:
     """`name: values` and the arguments."""
     values = call.values
-    if (
-        outer
-        and len(values) == 1
-        and not isinstance(values[0], tree.List | tree.Name | tree.Call | tree.Table)
-    ) or (outer and len(values) == 1 and isinstance(values[0], tree.List) and _only_names(values[0].items)):
+    if outer and len(values) == 1 and _stands_alone(values[0]):
         first = _value(values[0], bound)
     else:
         first = f"[{', '.join(_value(v, bound) for v in values)}]"

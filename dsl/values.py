@@ -333,7 +333,7 @@ class Values:
         return tuple(self._all(lambda item, at: self._value(item, at, item.span), node.items, inside))
 
     def _all(self, read, items: Sequence[tree.Value], place: Place) -> list[Value]:  # type: ignore[no-untyped-def]
-        """Every item read, so that all problems of a list are reported; raises _Unfit when one does not fit."""
+        """Every item read, so that all problems are reported; raises _Unfit when one does not fit."""
         done: list[Value] = []
         for item in items:
             try:
@@ -458,7 +458,8 @@ class Values:
             help_ = (
                 f"write {named[0]} = {_short(extra)}, or another of: {', '.join(named)}" if named else None
             )
-            title = f"`{entry.short if entry.role == 'part' else entry.kind}` takes {_count(len(names))} without a name"
+            name = entry.short if entry.role == "part" else entry.kind
+            title = f"`{name}` takes {_count(len(names))} without a name"
             self.report("E214", title, extra.span, f"not {len(values)}", help_)
         return [
             tree.Entry(tree.Word(name, value.span), value) for name, value in zip(names, values, strict=False)
@@ -711,9 +712,17 @@ def _takes(form: Form) -> str:
     if form.choices:
         return " | ".join(map(str, form.choices))
     plain = {
-        "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a string", "none": "none",
-        "model": "a model", "data": "data", "selector": "a selector", "rules": "a list of rules", "table": "a table",
-    }  # fmt: skip
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "a string",
+        "none": "none",
+        "model": "a model",
+        "data": "data",
+        "selector": "a selector",
+        "rules": "a list of rules",
+        "table": "a table",
+    }
     if form.type == "part":
         return f"a part of {form.slot}"
     if form.type == "list":

@@ -232,10 +232,18 @@ class _Reading:
     def section(self, key: Scalar, node: Node) -> Iterator[tree.Statement]:
         """The statements under one key of the file."""
         read = {
-            "effc": self._version, "recipe": self._title, "title": self._no_title, "use": self._uses,
-            "params": self._constants("param"), "let": self._constants("let"), "models": self._bindings("model"),
-            "data": self._bindings("data"), "stages": self._stages, "expects": self._expects, "exports": self._exports,
-        }.get(key.value)  # fmt: skip
+            "effc": self._version,
+            "recipe": self._title,
+            "title": self._no_title,
+            "use": self._uses,
+            "params": self._constants("param"),
+            "let": self._constants("let"),
+            "models": self._bindings("model"),
+            "data": self._bindings("data"),
+            "stages": self._stages,
+            "expects": self._expects,
+            "exports": self._exports,
+        }.get(key.value)
         if read is None:
             near = get_close_matches(key.value, KEYS, n=1, cutoff=0.6)
             help_ = f"did you mean `{near[0]}`?" if near else f"it has: {', '.join(KEYS)}"

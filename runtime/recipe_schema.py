@@ -22,6 +22,7 @@ def recipe_schema(catalogue: Catalogue) -> dict[str, Any]:
         "maxProperties": 1,
         "additionalProperties": one_of("method"),
     }
+    exports = {"anyOf": [one_of("export"), {"type": "array", "items": one_of("export")}]}
     named = {"type": "object", "additionalProperties": True}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -41,10 +42,10 @@ def recipe_schema(catalogue: Catalogue) -> dict[str, Any]:
             "expects": {"type": "array", "items": {"type": "string"}},
             "exports": {
                 "type": "object",
-                "additionalProperties": {"anyOf": [one_of("export"), {"type": "array", "items": one_of("export")}]},
+                "additionalProperties": exports,
             },
         },
-    }  # fmt: skip
+    }
 
 
 def call_schema(entry: Entry, catalogue: Catalogue) -> dict[str, Any]:

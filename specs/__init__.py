@@ -1,1 +1,1 @@
-"""Floor 0: plain data. Sources, diagnostics, units, selectors, recipes, architectures. Never imports torch."""
+"""Floor 0: plain data. Sources, diagnostics, units, selectors, recipes. Never imports torch."""
