@@ -19,11 +19,17 @@ from effc.compiler.method import Method, Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selected import selector_report
-from effc.compiler.shapes import Train
+from effc.compiler.shapes import Calibrate, Merge, Train
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
 from effc.specs.recipe import Binding, Call, Export, Recipe
 from effc.specs.target import Target
 from effc.specs.units import fmt_bytes
+
+STREAMED = 4096
+"""Tokens that a calibration runs through a layer at once."""
+
+BACKWARD = 180_000_000
+"""Bytes that a backward pass needs beside tensors: buffers and generated code of the libraries, measured."""
 
 ATTENDED = 512
 """Keys that a token attends to on average in `flops_per_token`: the mean of a 1024-token prefill."""
@@ -190,9 +196,8 @@ def _costed(
 ) -> StagePlan:
     cost = count(made, ATTENDED)
     if staged is None:
-        seconds = 0.05 + cost.bytes / target.disk_read
-        peak = target.base_bytes + cost.bytes
-        return StagePlan(binding.name, binding.call.kind, (), cost, peak, 0, seconds, {})
+        seconds = 0.05 + cost.bytes / target.disk_read  # read once, for its fingerprint
+        return StagePlan(binding.name, binding.call.kind, (), cost, target.base_bytes, 0, seconds, {})
     source = models[staged.models[0]]
     work = staged.method.work(source, staged.seq)
     return StagePlan(
@@ -200,7 +205,7 @@ def _costed(
         binding.call.kind,
         (*staged.models, *staged.named.values()),
         cost,
-        peak_of(work, target),
+        peak_of(staged.method, source, work, target),
         cost.bytes,
         seconds_of(staged.method, source, work, target) + cost.bytes / target.disk_write,
         promise(staged.method.contract),
@@ -208,9 +213,22 @@ def _costed(
     )
 
 
-def peak_of(work: Work, target: Target) -> int:
-    """Resident bytes of the process: what the stage holds at once, and the process itself."""
-    return target.base_bytes + work.memory
+def peak_of(method: Method, model: Model, work: Work, target: Target) -> int:
+    """Resident bytes of the process: itself, the models its shape holds at once, and the stage's own work.
+
+    A stage that calibrates holds two layers and the activations of one batch; a merge holds blocks alone.
+    """
+    held = sum(t.numel() * t.element_size() for t in model.tensors().values())
+    match method:
+        case Merge():
+            held = 0
+        case Calibrate():
+            width = int(model.config.get("hidden_size", 0))
+            inner = int(model.config.get("intermediate_size", 4 * width))
+            held = 2 * held // max(1, model.layers) + 4 * STREAMED * (6 * width + 4 * inner)
+        case Train():
+            held += BACKWARD
+    return target.base_bytes + held + work.memory
 
 
 def seconds_of(method: Method, model: Model, work: Work, target: Target) -> float:
@@ -242,7 +260,8 @@ def _too_large(
     binding: Binding, staged: Staged, stage: StagePlan, models: Mapping[str, Model], target: Target
 ) -> Diagnostic:
     def peak(method: Method) -> int:
-        return peak_of(method.work(models[staged.models[0]], staged.seq), target)
+        first = models[staged.models[0]]
+        return peak_of(method, first, method.work(first, staged.seq), target)
 
     setting = remedy(staged.method, peak, target.memory_bytes)
     notes = (

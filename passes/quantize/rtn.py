@@ -75,4 +75,6 @@ class RTN(Uniform, Rewrite):
         tries = 10 if self.clip == "mse" else 1
         weights = [matrix(model.module(p)) for p in self.targets(model)]
         nbytes = sum(w.numel() * w.element_size() for w in weights)
-        return Work(solve=10.0 * tries * sum(w.numel() for w in weights), disk=2 * nbytes, memory=40 * CHUNK)
+        sizes = [w.numel() for w in weights]
+        held = 40 * min(CHUNK, max(sizes, default=0))
+        return Work(solve=10.0 * tries * sum(sizes), disk=2 * nbytes, memory=held)

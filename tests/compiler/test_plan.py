@@ -134,7 +134,7 @@ def test_what_does_not_fit_into_memory_is_refused_with_the_setting_that_fits() -
         plan(recipe(("thin", "prune.depth", "base")), hand, machine(base_bytes=0, memory_bytes=20_000_000))
     (problem,) = caught.value.diagnostics
     assert problem.code == "E351"
-    assert "`samples = 16`" in str(problem.help)
+    assert "`samples = 8`" in str(problem.help)
     assert "20 MB" in problem.notes[0]
 
 
