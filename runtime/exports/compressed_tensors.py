@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +50,10 @@ class CompressedTensors(Export):
         for path, unit in units.items():
             if why := self._unfit(path, unit, model):
                 other.setdefault(why, []).append(path)
+        kinds = {_kind(unit) for unit in units.values() if isinstance(unit, QuantLinear)}
+        if _shifted(kinds) and len(kinds) > 1:
+            why = "weights with zero points beside weights packed in another way; transformers takes one"
+            return [_folder.cannot(self.kind, why)]
         return [_folder.cannot(self.kind, f"{', '.join(paths[:4])}: {why}") for why, paths in other.items()]
 
     def _unfit(self, path: str, unit: torch.nn.Module, model: Model) -> str | None:
@@ -104,7 +108,12 @@ def words(unit: QuantLinear) -> Iterator[tuple[str, Tensor]]:
 
 def _words(stream: Tensor) -> Tensor:
     """Bytes [R, n] -> little-endian words [R, ceil(n / 4)] int32"""
-    return F.pad(stream, (0, -stream.shape[1] % 4)).contiguous().view(torch.int32)
+    return F.pad(stream, (0, -stream.shape[1] % 4)).flatten().view(torch.int32).view(len(stream), -1)
+
+
+def _kind(unit: QuantLinear) -> tuple[int, int, bool]:
+    """Bits, inputs that share a scale (0: all of a row), symmetric."""
+    return unit.bits, 0 if unit.group == unit.in_features else unit.group, unit.symmetric
 
 
 def settings(model: Model, names: dict[str, str]) -> dict[str, Any]:
@@ -113,12 +122,12 @@ def settings(model: Model, names: dict[str, str]) -> dict[str, Any]:
     ignored: list[str] = []
     for path, unit in model.units():
         if isinstance(unit, QuantLinear):
-            size = 0 if unit.group == unit.in_features else unit.group
-            groups.setdefault((unit.bits, size, unit.symmetric), []).append(names[path])
+            groups.setdefault(_kind(unit), []).append(names[path])
         elif isinstance(unit, Linear) and path in names:
             ignored.append(names[path])
     return {
         "quant_method": "compressed-tensors",
+        **({"dequantize": True} if _shifted(groups) else {}),
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
@@ -135,6 +144,11 @@ def settings(model: Model, names: dict[str, str]) -> dict[str, Any]:
             for number, (kind, targets) in enumerate(sorted(groups.items()))
         },
     }
+
+
+def _shifted(groups: Iterable[tuple[int, int, bool]]) -> bool:
+    """Whether some weights have zero points. transformers loads those only dequantized, and is told so."""
+    return not all(symmetric for _, _, symmetric in groups)
 
 
 def _weights(bits: int, group: int, symmetric: bool) -> dict[str, Any]:

@@ -100,6 +100,10 @@ def test_what_it_cannot_express_is_named() -> None:
         (made(), "needs packed weights"),
         (packed(made(), bits=4, group="tensor"), "one scale for the whole tensor"),
         (packed(made(), bits=8, select=("embedding",)), "the format packs linears alone"),
+        (
+            packed(made(), bits=8, scheme="asymmetric", rules=({"on": "mlp.*", "bits": 4},)),
+            "beside weights packed in another way",
+        ),
     ):
         (found,) = codes(model)
         assert found[0] == "E553"
