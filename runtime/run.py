@@ -223,11 +223,16 @@ def deterministic() -> Iterator[None]:
     """Algorithms that give the same bits every time; the caller's own choice is put back."""
     before = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a debugging aid that writes all memory twice
+    )
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _seed(binding: Binding) -> int:

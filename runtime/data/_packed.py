@@ -7,6 +7,7 @@ of the next; segments keep them from seeing each other, and no label crosses bet
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from effc.compiler.losses import IGNORED
@@ -194,7 +196,10 @@ def _bytes(document: Document) -> int:
 def _read(store: Path | None, name: str) -> dict[str, Stream] | None:
     if store is None or not (file := store / "data" / f"{name}.safetensors").is_file():
         return None
-    flat = load_file(file)
+    try:
+        flat = load_file(file)
+    except (OSError, SafetensorError):
+        return None  # made again and written anew
     return {
         split: Stream(
             flat[f"{split}.ids"],
@@ -210,14 +215,17 @@ def _write(store: Path | None, name: str, streams: dict[str, Stream]) -> dict[st
     """Keep the streams beside the store's objects: written aside, then renamed."""
     if store is not None:
         folder = store / "data"
-        folder.mkdir(parents=True, exist_ok=True)
         flat = {}
         for split, stream in streams.items():
             flat[f"{split}.ids"] = stream.ids
             flat[f"{split}.document"] = stream.document
             flat[f"{split}.counts"] = stream.counts.astype(np.uint8)
             flat[f"{split}.bytes"] = np.array([stream.bytes], dtype=np.int64)
-        aside = folder / f"{name}.{id(streams)}.tmp"
-        save_file(flat, aside)
-        aside.rename(folder / f"{name}.safetensors")
+        aside = folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(flat, aside)
+            aside.replace(folder / f"{name}.safetensors")
+        except (OSError, SafetensorError):
+            aside.unlink(missing_ok=True)  # keeping is a convenience; a full disk is told by what needs it
     return streams

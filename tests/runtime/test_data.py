@@ -232,3 +232,20 @@ def test_malformed_questions_are_refused(tmp_path: Path, row: dict[str, object])
     with pytest.raises(EffcError) as caught:
         Choices(path=lines(tmp_path / "q.jsonl", row)).open(FILES)
     assert caught.value.diagnostics[0].code == "E623"
+
+
+def test_what_is_kept_may_be_damaged_or_impossible_to_write(folder: Path, tmp_path: Path) -> None:
+    from effc.runtime.data import _packed
+
+    source = Text(path=str(folder / "*.txt"), seq=32)
+    store = tmp_path / "store"
+    _packed._kept.clear()
+    first = source.open(FILES, store).batch("train", [0])
+    (kept,) = (store / "data").iterdir()
+    for damage in (b"", b"\xff" * 64):
+        kept.write_bytes(damage)
+        _packed._kept.clear()
+        assert bool((source.open(FILES, store).batch("train", [0]).ids == first.ids).all())
+    _packed._kept.clear()
+    (tmp_path / "file").write_text("no folder")
+    assert bool((source.open(FILES, tmp_path / "file").batch("train", [0]).ids == first.ids).all())
