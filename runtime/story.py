@@ -12,6 +12,7 @@ from effc.compiler.plan_text import table
 from effc.runtime import artifact
 from effc.runtime.compiled import Compiled, ExpectRun, StageRun
 from effc.runtime.report import page
+from effc.runtime.report_words import many
 from effc.runtime.store import Store
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.units import fmt_bytes, fmt_seconds
@@ -119,7 +120,7 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
         yield "largest errors"
         yield from ("  " + line for line in table([(p, f"{e:.3g}") for p, e in worst], left=1))
     if record["log"]:
-        yield f"{len(record['log'])} edits"
+        yield many(len(record["log"]), "edit")
         yield from ("  " + line for line in table(record["log"][:_EDITS_SHOWN], left=3))
         if len(record["log"]) > _EDITS_SHOWN:
             yield f"  and {len(record['log']) - _EDITS_SHOWN} more (--json has all)"
