@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -227,5 +228,6 @@ def _write(store: Path | None, name: str, streams: dict[str, Stream]) -> dict[st
             save_file(flat, aside)
             aside.replace(folder / f"{name}.safetensors")
         except (OSError, SafetensorError):
-            aside.unlink(missing_ok=True)  # keeping is a convenience; a full disk is told by what needs it
+            with suppress(OSError):  # keeping is a convenience; a full disk is told by what needs it
+                aside.unlink()
     return streams
