@@ -35,8 +35,10 @@ class Speed:
 def speed(model: Model, prompt_tokens: int, new_tokens: int, batch: int, runs: int = 3) -> Speed:
     """Time prefill and cached decoding of random tokens; the model must be a decoder with weights."""
     device = next(iter(model.tensors().values())).device
-    vocab = model.module("embedding").vocab
-    drawn = torch.randint(vocab, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    embedding: Any = model.module("embedding")
+    drawn = torch.randint(
+        0, embedding.vocab, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)
+    )
     ids = drawn.to(device)
     prefill, decode = [], []
     with torch.inference_mode():

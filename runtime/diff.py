@@ -52,8 +52,8 @@ def diff_text(record: dict[str, Any]) -> str:
 
 def diff_recipes(left: str, right: str, names: tuple[str, str]) -> list[str]:
     """Unified difference of two canonical recipe texts; empty when they mean the same."""
-    both = (text.splitlines() for text in (left, right))
-    return list(difflib.unified_diff(*both, *names, lineterm=""))
+    before, after = left.splitlines(), right.splitlines()
+    return list(difflib.unified_diff(before, after, names[0], names[1], lineterm=""))
 
 
 def _costs(model: Model) -> dict[str, int]:

@@ -88,7 +88,7 @@ def explained(folder: Path, stage: str | None) -> dict[str, Any]:
                 help=f"it has: {', '.join(stages) or 'no stages'}",
             )
         )
-    locked = next((s for s in told.lock.get("stages", ()) if s["name"] == name), {})
+    locked: Mapping[str, Any] = next((s for s in told.lock.get("stages", ()) if s["name"] == name), {})
     edits = [list(edit[1:]) for edit in told.edits if edit[0] == name]
     return dict(stages[name]) | {"parts": locked.get("parts"), "log": edits}
 

@@ -37,7 +37,7 @@ def training_rate(dtype: torch.dtype, place: torch.device) -> float:
 
     def work() -> None:
         layer.zero_grad(set_to_none=True)
-        _through(layer, x, step).float().square().mean().backward()  # type: ignore[no-untyped-call]
+        _through(layer, x, step).float().square().mean().backward()
 
     return 3 * _flops(layer) / _median(work, place)
 

@@ -15,17 +15,15 @@ Names are imported when first used: `import effc` alone loads no torch.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from effc.compiler.match import pattern
     from effc.compiler.rewrite import Rewriter
     from effc.compiler.trace import trace
     from effc.runtime.front import compile, load, parse, plan
     from effc.specs.diagnostic import Diagnostic, EffcError
-
-__version__ = version("effc")
 
 _HOMES = {
     "Diagnostic": "effc.specs.diagnostic",
@@ -54,6 +52,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # importlib.metadata takes as long as checking a recipe
+        from importlib.metadata import version
+
+        return version("effc")
     if name not in _HOMES:
         raise AttributeError(f"module 'effc' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
