@@ -36,7 +36,8 @@ def speed(model: Model, prompt_tokens: int, new_tokens: int, batch: int, runs: i
     """Time prefill and cached decoding of random tokens; the model must be a decoder with weights."""
     device = next(iter(model.tensors().values())).device
     embedding: Any = model.module("embedding")
-    drawn = torch.randint(
+    dice = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, embedding.vocab, (batch, prompt_tokens), generator=dice)
         0, embedding.vocab, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)
     )
     ids = drawn.to(device)
