@@ -177,12 +177,9 @@ def _unknown(bind: tree.Bind, node: tree.Call, entry: Entry | None, values: Valu
         return
     parts = [e for e in values.catalogue.entries if e.role == "part" and e.short == word.text]
     if parts:
-        values.report(
-            "E208",
-            f"`{word.text}` is a part of {parts[0].slot}, not a {wanted}",
-            word.span,
-            help_=f"give it to a stage: {parts[0].slot.rpartition('.')[2]} = {word.text}(...)",
-        )  # type: ignore[union-attr]
+        slot = parts[0].slot or ""
+        help_ = f"give it to a stage: {slot.rpartition('.')[2]} = {word.text}(...)"
+        values.report("E208", f"`{word.text}` is a part of {slot}, not a {wanted}", word.span, help_=help_)
         return
     near = values.catalogue.near(word.text, ROLE_OF[bind.keyword])  # type: ignore[arg-type]
     near = near or values.catalogue.near(word.text)

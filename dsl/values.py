@@ -213,24 +213,24 @@ class Values:
             self._unbound(node, place.title, " or ".join(_takes(form) for form in place.forms))
         raise _Unfit
 
-    def _deeper(self, value: tree.Value, seen: tuple[str, ...] = ()) -> tree.Value:
+    def _deeper(self, value: tree.Value) -> tree.Value:
         """The value behind constants that name constants. A circle is reported."""
+        seen: dict[str, None] = {}
         while isinstance(value, tree.Name) and (found := self.scope.constant(value.text)):
             if value.text in seen:
-                again = found[1].statement
-                if not any(d.code == "E207" and d.labels[0].span == again.span for d in self.problems):
-                    self.report(
-                        "E207",
-                        "constants define each other in a circle",
-                        again.span,
-                        notes=[" -> ".join((*seen, value.text))],
-                        help_=f"give `{value.text}` a value",
-                    )
+                self._circle([*seen, value.text], found[1].statement)
                 raise _Unfit
-            seen = (*seen, value.text)
+            seen[value.text] = None
             found[1].used = True
             value = found[1].value
         return value
+
+    def _circle(self, names: list[str], again: tree.Let) -> None:
+        """Tell a circle of constants, once."""
+        if any(d.code == "E207" and d.labels[0].span == again.span for d in self.problems):
+            return
+        notes, help_ = [" -> ".join(names[-8:])], f"give `{again.name.text}` a value"
+        self.report("E207", "constants define each other in a circle", again.span, "", help_, notes)
 
     def _number(self, node: tree.Number, place: Place, span: Span) -> Value:
         forms = [form for form in place.forms if form.type in ("int", "float")]

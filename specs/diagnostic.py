@@ -12,6 +12,8 @@ from effc.specs.source import Span
 WIDTH = 120
 """Columns of an excerpt; longer lines are clipped around the caret."""
 TAB = "    "
+LONGEST = 400
+"""Characters of a sentence; what is longer quotes something absurd."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ def _window(first: int, last: int, start: int, end: int) -> tuple[int, int]:
 
 def _plain(text: str) -> str:
     """Text without control, direction or surrogate characters, so that a source cannot drive a terminal."""
+    if len(text) > LONGEST:
+        text = text[:LONGEST] + "..."
     text = text.replace("\t", TAB)
     if text.isascii() and text.isprintable():
         return text
