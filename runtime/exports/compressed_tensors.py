@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from effc.compiler.blocks import Linear, LoraLinear, QuantLinear
 from effc.compiler.blocks.quant_linear import WHOLE, Packed
+from effc.compiler.checkpoint_write import write_folder
+from effc.compiler.exporter import emitted, inexpressible, stored_tensors
 from effc.compiler.model import Model
 from effc.compiler.packing import pack
+from effc.compiler.weights import resident
 from effc.runtime.consumer import ask, need
-from effc.runtime.exports import _folder
 from effc.runtime.exports._export import Export, Verdict, probe
 from effc.runtime.exports._names import spots
 from effc.specs.diagnostic import Diagnostic
@@ -39,9 +42,8 @@ class CompressedTensors(Export):
         need("compressed_tensors")
 
     def refuses(self, model: Model) -> Sequence[Diagnostic]:
-        found = _folder.differences(self.kind, model)
-        if found:
-            return found
+        if why := inexpressible(model, dense=True):
+            return [_cannot(*why)]
         units = dict(model.units())
         if not any(isinstance(unit, Packed) for unit in units.values()):
             help = "quantize first, or export as hf"
@@ -53,8 +55,8 @@ class CompressedTensors(Export):
         kinds = {_kind(unit) for unit in units.values() if isinstance(unit, QuantLinear)}
         if _shifted(kinds) and len(kinds) > 1:
             why = "weights with zero points beside weights packed in another way; transformers takes one"
-            return [_folder.cannot(self.kind, why)]
-        return [_folder.cannot(self.kind, f"{', '.join(paths[:4])}: {why}") for why, paths in other.items()]
+            return [_cannot(why)]
+        return [_cannot(f"{', '.join(paths[:4])}: {why}") for why, paths in other.items()]
 
     def _unfit(self, path: str, unit: torch.nn.Module, model: Model) -> str | None:
         if isinstance(unit, LoraLinear):
@@ -74,18 +76,28 @@ class CompressedTensors(Export):
 
     def write(self, model: Model, place: Path) -> None:
         names = {path: spot.name for path, spot in spots(model).items()}
-        packed: dict[str, Tensor] = {}
+        tensors = stored_tensors(model)
         for path, unit in model.units():
             if isinstance(unit, QuantLinear):
-                packed |= {f"{names[path]}.{key}": tensor for key, tensor in words(unit)}
-        config = _folder.config_of(model) | {"quantization_config": settings(model, names)}
-        _folder.write(model, place, config, packed)
+                del tensors[f"{names[path]}.weight"]
+                tensors |= {f"{names[path]}.{key}": resident(tensor) for key, tensor in words(unit)}
+        config = emitted(model) | {"quantization_config": settings(model, names)}
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, content in (model.tokenizer.files if model.tokenizer else {}).items():
+            (place / name).write_bytes(content)
+        write_folder(place, tensors)
 
     def verify(self, place: Path, model: Model) -> Verdict:
         ids = probe(model)
         with torch.no_grad():
             want = model.to(torch.float32)(ids).float()
         return Verdict.of(ask("compressed_tensors", place, ids), want, TOLERANCE)
+
+
+def _cannot(*why: str) -> Diagnostic:
+    help = "artifact holds every model that effc can make"
+    return Diagnostic("E553", "`compressed_tensors` cannot express this model", notes=why, help=help)
 
 
 def words(unit: QuantLinear) -> Iterator[tuple[str, Tensor]]:

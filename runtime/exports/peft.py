@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from effc.compiler.blocks import Linear, LoraLinear, QuantLinear
-from effc.compiler.checkpoint_write import SafetensorsWriter
+from effc.compiler.blocks import LoraLinear
+from effc.compiler.checkpoint_write import SafetensorsWriter, write_folder
+from effc.compiler.exporter import emitted, inexpressible, stored_tensors
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.runtime.adapter import CONFIG, WEIGHTS
 from effc.runtime.consumer import ask, need
-from effc.runtime.exports import _folder
 from effc.runtime.exports._export import Export, Verdict, probe
 from effc.runtime.exports._names import spots
 from effc.specs.diagnostic import Diagnostic
@@ -41,9 +41,8 @@ class Peft(Export):
         need("peft")
 
     def refuses(self, model: Model) -> Sequence[Diagnostic]:
-        found = _folder.differences(self.kind, model)
-        if found:
-            return found
+        if why := inexpressible(model, dense=True):
+            return [_cannot(*why)]
         places = spots(model)
         units = adapters(model)
         if not units:
@@ -52,9 +51,8 @@ class Peft(Export):
         shared = [path for path in units if path not in places or places[path].parts]
         if shared:
             why = f"{', '.join(shared[:4])}: {model.architecture} stores them in one matrix with others"
-            return [_folder.cannot(self.kind, why)]
-        other = {type(unit).__name__ for _, unit in model.units() if type(unit).__name__ in _UNREAD}
-        return [_folder.cannot(self.kind, f"the weights beneath hold {name}") for name in sorted(other)]
+            return [_cannot(why)]
+        return ()
 
     def write(self, model: Model, place: Path) -> None:
         place.mkdir()
@@ -81,13 +79,16 @@ class Peft(Export):
         with tempfile.TemporaryDirectory(prefix="effc-base-") as work:
             base = Path(work) / "base"
             below = bare(model)
-            _folder.write(below, base, _folder.config_of(below), {})
+            base.mkdir()
+            (base / "config.json").write_text(json.dumps(emitted(below)), encoding="utf-8")
+            write_folder(base, stored_tensors(below))
             answer = ask("peft", place, ids, base=base)
         return Verdict.of(answer, want, TOLERANCE)
 
 
-_UNREAD = ("QuantEmbedding", "QuantStackedLinear", "LowRankLinear")
-"""Units that have no dense copy in the layout of transformers yet."""
+def _cannot(*why: str) -> Diagnostic:
+    help = "artifact holds every model that effc can make; adapt.fold and hf write the sum"
+    return Diagnostic("E553", "`peft` cannot express this model", notes=why, help=help)
 
 
 def adapters(model: Model) -> dict[str, LoraLinear]:
@@ -132,21 +133,8 @@ def _targets(adapted: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def bare(model: Model) -> Model:
-    """The model without adapters, its linears dense."""
+    """The model without adapters."""
     rw = Rewriter(model)
-    for path, unit in list(model.units()):
-        beneath = unit.base if isinstance(unit, LoraLinear) else unit
-        if path.endswith(".base") or not isinstance(unit, LoraLinear | QuantLinear):
-            continue
-        if isinstance(beneath, QuantLinear):
-            bias = beneath._parameters.get("bias")
-            plain = Linear(
-                in_features=beneath.in_features, out_features=beneath.out_features, bias=bias is not None
-            )
-            rw.swap(path, plain)
-            rw.write(path, "weight", beneath.dense())
-            if bias is not None:
-                rw.write(path, "bias", bias.detach().float())
-        else:
-            rw.swap(path, rw.module(path).base)
+    for path, unit in adapters(model).items():
+        rw.swap(path, rw.module(path).base, f"without its adapter of rank {unit.rank}")
     return rw.done()

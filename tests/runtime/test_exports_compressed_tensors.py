@@ -115,5 +115,5 @@ def test_a_model_that_its_config_cannot_say_is_refused(tmp_path: Path) -> None:
     rw.swap("layers.1.mlp", made(intermediate_size=48).module("layers.1.mlp"))
     with pytest.raises(EffcError) as caught:
         CompressedTensors(path=str(tmp_path / "x")).publish(rw.done())
-    assert "config.json" in caught.value.diagnostics[0].notes[0]
+    assert "where the config gives" in caught.value.diagnostics[0].notes[0]
     assert not list(tmp_path.iterdir())

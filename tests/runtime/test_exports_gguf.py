@@ -19,6 +19,7 @@ from effc.compiler.sharing import tie
 from effc.passes.quantize.rtn import RTN
 from effc.runtime.exports import _gguf_model as layout
 from effc.runtime.exports.gguf import Gguf, stored
+from effc.runtime.load import load
 from effc.specs.diagnostic import EffcError
 
 D, F = 64, 96
@@ -182,3 +183,10 @@ def test_a_tokenizer_it_cannot_hold_is_refused() -> None:
     assert "splits text" in problem.notes[0]
     model.tokenizer = None
     assert "no tokenizer.json" in Gguf(path="m.gguf").refuses(model)[0].notes[0]
+
+
+@pytest.mark.claim
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
+def test_the_zoo_model_continues_with_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    verdict = Gguf(path=str(tmp_path / "pylm.gguf"), type=kind).publish(load("zoo:pylm"))
+    assert verdict.greedy == 1.0
