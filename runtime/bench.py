@@ -38,8 +38,6 @@ def speed(model: Model, prompt_tokens: int, new_tokens: int, batch: int, runs: i
     embedding: Any = model.module("embedding")
     dice = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, embedding.vocab, (batch, prompt_tokens), generator=dice)
-        0, embedding.vocab, (batch, prompt_tokens), generator=torch.Generator().manual_seed(0)
-    )
     ids = drawn.to(device)
     prefill, decode = [], []
     with torch.inference_mode():
