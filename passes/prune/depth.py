@@ -82,7 +82,6 @@ class Depth(Observe):
         rw.remove_layers(list(range(self.kept(layers), layers)))
 
     def work(self, model: Model, seq: int = 0) -> Work:
-        hidden = self.samples * seq * model.config.get("hidden_size", 0) * 4
-        return Work(
-            flops=float(self.samples * seq * count(model, seq // 2).flops_per_token), memory=2 * hidden
-        )
+        width = int(getattr(model.module("embedding"), "width", 0))
+        tokens = self.samples * seq
+        return Work(flops=float(tokens * count(model, seq // 2).flops_per_token), memory=8 * tokens * width)

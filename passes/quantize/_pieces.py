@@ -90,9 +90,9 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
     h = 2 * first.moment.mean()
     w = torch.cat([piece.w for piece in pieces])
     dead = h.diagonal() == 0
-    fixed = h + torch.diag(dead.float())
-    order = fixed.diagonal().argsort(descending=True, stable=True) if method.order else None
-    found = factor(fixed if order is None else fixed[order][:, order], method.damp)
+    h.diagonal().add_(dead)  # an input that never fires has no say: its row and column are zero
+    order = h.diagonal().argsort(descending=True, stable=True) if method.order else None
+    found = factor(h if order is None else h[order][:, order], method.damp)
     if found is None:
         raise EffcError(
             Diagnostic(
@@ -111,7 +111,7 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
     parts = zip(*(t.split(rows) for t in (q, scale, zero)), strict=True)
     for piece, (codes, s, z) in zip(pieces, parts, strict=True):
         rounded = decode(codes.view(*s.shape, -1), s, z).view_as(piece.w)
-        piece.error = output_error(piece.w, rounded, h)
+        piece.error = output_error(piece.w.masked_fill(dead, 0.0), rounded, h)
         piece.rounded = (codes.to(torch.int8), s, z)
 
 

@@ -17,12 +17,15 @@ def factor(h: Tensor, damp: float) -> tuple[Tensor, float] | None:
 
     `h` must have no zero on its diagonal.
     """
-    mean = h.diagonal().mean()
+    mean = float(h.diagonal().mean())
     while True:
-        damped = h + torch.eye(h.shape[0]) * (damp * mean)
+        damped = h.clone()
+        damped.diagonal().add_(damp * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # at most three matrices of this size at once, beside `h`
         if not failed:
             inverse = torch.cholesky_inverse(lower)
+            del lower
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed and bool(torch.isfinite(upper).all()):
                 return upper, damp

@@ -177,20 +177,18 @@ class Recursive(Rewrite):
             unit.weight = owner
             if getattr(rw.module(path), "bias", None) is not None:
                 unit.bias = rw.module(path).bias
-            gap = own[layer] - shared
             if self.lora_rank:
                 unit = LoraLinear.over(unit, self.lora_rank, float(self.lora_rank), "rank")
-                gap = self._fit(unit, gap)
-            rw.swap(path, unit, f"shares with layers {', '.join(map(str, slot))}")
-            if not gap.is_meta:
+            if not shared.is_meta:
+                gap = own[layer] - shared
+                left = self._fit(unit, gap) if self.lora_rank else gap
                 norm = float(own[layer].float().norm())
-                errors[path] = float(gap.float().norm()) / norm if norm else 0.0
+                errors[path] = float(left.float().norm()) / norm if norm else 0.0
+            rw.swap(path, unit, f"shares with layers {', '.join(map(str, slot))}")
         return errors
 
     def _fit(self, unit: LoraLinear, gap: Tensor) -> Tensor:
         """Set A, B of a unit to the best fit of `gap` [o, i], or B to zero; returns what is left of it."""
-        if gap.is_meta:
-            return gap
         u, s, vh = torch.linalg.svd(gap.float(), full_matrices=False)
         b, a = u[:, : self.lora_rank] * s[: self.lora_rank], vh[: self.lora_rank]
         if self.lora_init == "zero":
@@ -250,8 +248,8 @@ def _read(rw: Rewriter, tail: str, name: str, layers: Sequence[int]) -> list[Ten
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean, taken in float32; one tensor alone is itself."""
-    if len(tensors) == 1:
+    """The mean, taken in float32; one tensor alone is itself, and on meta there is nothing to add up."""
+    if len(tensors) == 1 or tensors[0].is_meta:
         return tensors[0].clone()
     total = torch.zeros_like(tensors[0], dtype=torch.float32)
     for tensor in tensors:
