@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from effc.compiler.config_keys import unread
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 Config = Mapping[str, Any]
@@ -152,6 +153,10 @@ def read_config(family: Architecture, config: Config) -> dict[str, Any]:
             note = f"{key} is {str(value)[:60]}; {family.name} is read with {', '.join(map(str, allowed))}"
             title = f"`{key}` of config.json changes the function in a way effc cannot express"
             problems.append(Diagnostic("E432", title, notes=(note,)))
+    if strange := [key for key in unread(family.config, family.only, config) if key != "quantization_config"]:
+        notes = [f"{key} is {str(config[key])[:60]}" for key in strange[:8]]
+        title = f"config.json sets {len(strange)} keys that change the function and that no {family.name} has"
+        problems.append(Diagnostic("E432", title, notes=notes))
     if config.get("quantization_config"):
         method = str(config["quantization_config"])[:80]
         title = "the checkpoint is quantized, and effc starts from dense weights"
@@ -176,6 +181,7 @@ def _read(word: str, how: Any, config: Config, values: Config) -> Any:
 
     key                      the configuration's value, which must be there
     {key: K, else: X}        X where K is absent or null; X may be `=other`, `=a / b`, `=a * b`
+    {key: K, else: X, absent: Z}  X where K is null, Z where it is absent
     {key: K, is: activation} our name of an activation
     {key: K, is: inverse_root}  1 / sqrt(value); {key: K, is: root} sqrt(value)
     {is: rope, ...}          rope parameters, old keys and new
@@ -188,7 +194,7 @@ def _read(word: str, how: Any, config: Config, values: Config) -> Any:
         return _rope(how, config, values)
     if kind == "windows":
         return _windows(how, config, values)
-    value = config.get(how["key"]) if "key" in how else None
+    value = config.get(how["key"], how.get("absent")) if "key" in how else None
     if value is None:
         if "else" not in how:
             raise KeyError(f"`{how['key']}` is missing")

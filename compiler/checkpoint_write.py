@@ -115,7 +115,7 @@ def check_free(folder: Path, needed: int) -> None:
 
 
 def write_folder(folder: Path, tensors: Mapping[str, LazyTensor], limit: int = SHARD) -> list[str]:
-    """Write tensors, one in memory at a time, as model.safetensors, or as shards with an index beyond `limit`.
+    """Write tensors, one in memory at a time, as model.safetensors, or as shards and an index beyond `limit`.
 
     Returns the names of the files.
     """
