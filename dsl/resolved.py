@@ -7,10 +7,11 @@ keeps this text, because it needs no other file.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from effc.dsl import tree
 from effc.dsl.unparse import unparse
+from effc.specs.catalogue import Catalogue
 from effc.specs.quantity import DIMENSIONS
 from effc.specs.recipe import Binding, Call, Expect, Metric, Recipe, Ref, Side, Value
 from effc.specs.source import Source, Span
@@ -18,18 +19,18 @@ from effc.specs.source import Source, Span
 _NOWHERE = Span(Source("", ""), 0, 0)
 
 
-def text_of(recipe: Recipe) -> str:
-    """The recipe in canonical text, complete in itself."""
-    return unparse(document_of(recipe))
+def text_of(recipe: Recipe, catalogue: Catalogue) -> str:
+    """The recipe in canonical text, complete in itself; the catalogue tells words from strings."""
+    return unparse(document_of(recipe, catalogue))
 
 
-def document_of(recipe: Recipe) -> tree.Document:
+def document_of(recipe: Recipe, catalogue: Catalogue) -> tree.Document:
     head: list[tree.Statement] = [tree.Version(_number(recipe.version), _NOWHERE)]
     title = tree.Text(recipe.title, _NOWHERE) if recipe.title else None
     head.append(tree.Title(_word(recipe.name), title, _NOWHERE))
-    bindings = [_binding(b) for b in recipe.bindings]
+    bindings = [_binding(b, catalogue) for b in recipe.bindings]
     expects = [_expect(e) for e in recipe.expects]
-    exports = [tree.Export(_word(e.model), (_call(e.call, 1),), _NOWHERE) for e in recipe.exports]
+    exports = [tree.Export(_word(e.model), (_call(e.call, 1, catalogue),), _NOWHERE) for e in recipe.exports]
     return tree.Document((*head, *bindings, *expects, *exports), _NOWHERE.source)
 
 
@@ -42,13 +43,28 @@ def _word(text: str) -> tree.Word:
     return tree.Word(flat(text), _NOWHERE)
 
 
-def _binding(binding: Binding) -> tree.Bind:
-    call = _call(binding.call, 0 if binding.keyword == "stage" else 1)
+def _binding(binding: Binding, catalogue: Catalogue) -> tree.Bind:
+    call = _call(binding.call, 0 if binding.keyword == "stage" else 1, catalogue)
     return tree.Bind(binding.keyword, _word(binding.name), call, _NOWHERE)
 
 
-def _call(call: Call, bare: int) -> tree.Call:
+def _call(call: Call, bare: int, catalogue: Catalogue) -> tree.Call:
     """A call; the first `bare` arguments that name a place stand without their name."""
+    entry = catalogue.find(call.kind)
+
+    def written(key: str, value: Value) -> tree.Value:
+        known = entry.parameter(key) if entry else None
+        if known and isinstance(value, str) and any(value in form.choices for form in known.forms):
+            if value == "none":
+                return tree.Constant(None, _NOWHERE)
+            return tree.Name(value, _NOWHERE) if value.isidentifier() else _value(value)
+        if isinstance(value, tuple):
+            return tree.List(tuple(written(key, item) for item in value), _NOWHERE)
+        if isinstance(value, Mapping):
+            entries = tuple(tree.Entry(tree.Word(k, _NOWHERE), written(k, v)) for k, v in value.items())
+            return tree.Table(entries, _NOWHERE)
+        return _call(value, 0, catalogue) if _is_part(value) else _value(value)
+
     models = tuple(_value(ref) for ref in call.models)
     listed = len(models) > 1 or call.kind.startswith("merge.")
     values: tuple[tree.Value, ...] = (tree.List(models, _NOWHERE),) if listed and models else models
@@ -56,8 +72,8 @@ def _call(call: Call, bare: int) -> tree.Call:
     if bare and not models:
         first = next((key for key in ("path", "name") if key in given), None)
         if first:
-            values = (_value(given.pop(first)),)
-    named = tuple(tree.Entry(tree.Word(key, _NOWHERE), _value(value)) for key, value in given.items())
+            values = (written(first, given.pop(first)),)
+    named = tuple(tree.Entry(tree.Word(key, _NOWHERE), written(key, value)) for key, value in given.items())
     name = call.kind.rpartition(".")[2] if call.kind.count(".") > 1 else call.kind
     return tree.Call(tree.Word(name, _NOWHERE), values, named, _NOWHERE)
 
@@ -77,12 +93,11 @@ def _value(value: Value) -> tree.Value:
         case Call(kind="depth"):
             ends = tuple(_value(value.arguments[key]) for key in ("first", "last"))
             return tree.Call(tree.Word("depth", _NOWHERE), ends, (), _NOWHERE)
-        case Call():
-            return _call(value, 0)
-        case Mapping():
-            entries = tuple(tree.Entry(tree.Word(k, _NOWHERE), _value(v)) for k, v in value.items())
-            return tree.Table(entries, _NOWHERE)
     raise TypeError(f"a recipe holds no {type(value).__name__}")
+
+
+def _is_part(value: Value) -> TypeGuard[Call]:
+    return isinstance(value, Call) and value.kind != "depth"
 
 
 def _number(value: float) -> tree.Number:

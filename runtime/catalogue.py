@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from effc import specs
 from effc.specs import user_cache
-from effc.specs.catalogue import Catalogue, Entry, EntryRole, Form, Parameter
+from effc.specs.catalogue import Catalogue, Entry, EntryRole
 
 _FORMAT = "4"
 """Raised when entries get another shape."""
@@ -39,40 +39,6 @@ class Plugin(NamedTuple):
     role: EntryRole
     module: str
     value: str
-
-
-_PATH = Form("str", length=(1, None))
-MODEL_SOURCES: Mapping[str, Entry] = {
-    "load": Entry(
-        "load",
-        "model",
-        "Read a model: a Hugging Face folder, an artefact, zoo:NAME, or hf:org/name from the local cache.",
-        family="model",
-        parameters=(
-            Parameter("path", (_PATH,), "a folder, an artefact, zoo:NAME or hf:org/name", required=True),
-            Parameter("revision", (_PATH,), "of hf:org/name: a commit, tag or branch"),
-            Parameter(
-                "dtype",
-                (Form("word", choices=("stored", "fp32", "bf16", "fp16")),),
-                "how weights are held; as stored unless said",
-                default="stored",
-            ),
-        ),
-        examples=('load("zoo:pylm")', 'load("hf:org/name", revision = "main", dtype = bf16)'),
-    ),
-    "adapter": Entry(
-        "adapter",
-        "model",
-        "Read a PEFT adapter onto a model.",
-        family="model",
-        parameters=(
-            Parameter("path", (_PATH,), "the folder of the adapter", required=True),
-            Parameter("on", (Form("model"),), "the model it was trained on", required=True),
-        ),
-        examples=('adapter("adapters/style", on = base)',),
-    ),
-}
-"""What `model NAME = ...` may call; read by runtime/load.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +185,7 @@ def _place() -> tuple[str, str]:
 
 def _from_json(data: Any) -> Described:
     found = {e["kind"]: Entry.from_json(e) for e in data["entries"]}
-    return Described({**MODEL_SOURCES, **found}, data["broken"])
+    return Described(found, data["broken"])
 
 
 def main(words: Sequence[str]) -> int:

@@ -184,9 +184,10 @@ def _is_recipe(what: str) -> bool:
 
 def _canonical(path: str) -> str:
     from effc.dsl.resolved import text_of
+    from effc.runtime.catalogue import catalogue
     from effc.runtime.front import parse
 
-    return text_of(parse(path))
+    return text_of(parse(path), catalogue())
 
 
 def _print_json(value: dict[str, Any] | Sequence[Any]) -> None:
