@@ -42,8 +42,8 @@ class CompressedTensors(Export):
         need("compressed_tensors")
 
     def refuses(self, model: Model) -> Sequence[Diagnostic]:
-        if why := inexpressible(model, dense=True):
-            return [_cannot(*why)]
+        if found := inexpressible(model, dense=True):
+            return [_cannot(*found)]
         units = dict(model.units())
         if not any(isinstance(unit, Packed) for unit in units.values()):
             help = "quantize first, or export as hf"
@@ -54,8 +54,8 @@ class CompressedTensors(Export):
                 other.setdefault(why, []).append(path)
         kinds = {_kind(unit) for unit in units.values() if isinstance(unit, QuantLinear)}
         if _shifted(kinds) and len(kinds) > 1:
-            why = "weights with zero points beside weights packed in another way; transformers takes one"
-            return [_cannot(why)]
+            mixed = "weights with zero points beside weights packed in another way; transformers takes one"
+            return [_cannot(mixed)]
         return [_cannot(f"{', '.join(paths[:4])}: {why}") for why, paths in other.items()]
 
     def _unfit(self, path: str, unit: torch.nn.Module, model: Model) -> str | None:

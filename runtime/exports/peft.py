@@ -41,8 +41,8 @@ class Peft(Export):
         need("peft")
 
     def refuses(self, model: Model) -> Sequence[Diagnostic]:
-        if why := inexpressible(model, dense=True):
-            return [_cannot(*why)]
+        if found := inexpressible(model, dense=True):
+            return [_cannot(*found)]
         places = spots(model)
         units = adapters(model)
         if not units:
