@@ -221,18 +221,12 @@ class Run:
 @contextmanager
 def deterministic() -> Iterator[None]:
     """Algorithms that give the same bits every time; the caller's own choice is put back."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warns = torch.is_deterministic_algorithms_warn_only_enabled()
-    fills = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a debugging aid that writes all memory twice
-    )
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")  # unlike use_deterministic_algorithms, imports no inductor
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
-        torch.utils.deterministic.fill_uninitialized_memory = fills
+        torch.set_deterministic_debug_mode(before)
 
 
 def _seed(binding: Binding) -> int:

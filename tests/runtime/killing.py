@@ -1,7 +1,7 @@
 """Kill runs at chosen moments. One process imports everything, then forks a child for each run.
 
-A child counts the moments that matter: every sync, rename and link on the disk, and every event of the run. It
-kills itself with SIGKILL at the one it is told, so no handler runs and nothing is flushed. To be quick, exports
+A child counts the moments that matter: every sync, rename and link on the disk, every event of the run. It
+kills itself with SIGKILL at the one it is told: no handler runs, nothing is flushed. To be quick, exports
 are verified in the same process, and trainings save behind every step.
 """
 
@@ -17,11 +17,12 @@ from typing import Self
 
 SERVER = r"""
 import json, os, signal, sys, traceback
-import jinja2, torch
+import jinja2, torch, torch._dynamo  # optimizers import the last when they are made
 import effc.runtime.fit, effc.runtime.calibrate, effc.runtime.run
 import effc.runtime.training_state as state
 from effc.runtime import cli, cli_build, progress, report
 from effc.runtime.catalogue import catalogue
+from effc.runtime.closure import fingerprint
 from effc.runtime.consumer import Answer
 from effc.runtime.exports import artifact
 from effc.runtime.load import load
@@ -34,6 +35,7 @@ def ask(kind, place, ids):
 
 artifact.ask = ask
 catalogue()
+fingerprint(["effc.runtime.fit", "effc.runtime.calibrate", "effc.passes.quantize.gptq"], docstrings=False)
 
 def armed(kill_at, counted):
     count = 0
