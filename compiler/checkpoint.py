@@ -66,7 +66,8 @@ class TensorRef:
             start, nbytes = start + rows[0] * stride, (rows[1] - rows[0]) * stride
             shape = (rows[1] - rows[0], *shape[1:])
         raw = torch.empty(nbytes, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        content: Any = raw.numpy()
+        view = memoryview(content)
         with self.file.open("rb", buffering=0) as file:
             while view:
                 got = os.preadv(file.fileno(), [view], start)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class SafetensorsWriter:
         if tuple(tensor.shape) != shape or tensor.dtype != dtype:
             raise ValueError(f"{name} is {list(tensor.shape)} {tensor.dtype}, not {list(shape)} {dtype}")
         flat = tensor.detach().cpu().contiguous().view(-1)
-        view = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        content: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+        view = memoryview(content)
         at += len(self._head)
         while view:
             done = os.pwrite(self._file.fileno(), view, at)

@@ -270,7 +270,8 @@ def _rows(name: str, place: Place, tensors: Mapping[str, Tensor], refs: list[Ten
         return refs[0].read().t().contiguous() if place.transpose else refs[0].read()
     if place.head_dim:
         heads_first = refs[0].read().unflatten(0, (-1, len(place.parts), place.head_dim))
-        return heads_first[:, place.part].flatten(0, 1).contiguous()
+        own: Tensor = heads_first[:, place.part].flatten(0, 1).contiguous()
+        return own
     start = sum(tensors[p].shape[0] for p in place.parts[: place.part])
     stop = start + tensors[name].shape[0]
     if place.transpose:
