@@ -15,6 +15,7 @@ from effc.compiler.blocks.embedding import Embedding
 from effc.compiler.blocks.linear import Linear, StackedLinear
 from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.blocks.low_rank_linear import LowRankLinear
+from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.contract import Fact
 from effc.compiler.method import Method
@@ -85,6 +86,18 @@ def sparse(model: Model, paths: Sequence[str]) -> bool:
     return bool(weights) and all(bool((w == 0).any()) for w in weights)
 
 
+def trainable(model: Model, paths: Sequence[str]) -> bool:
+    """Some weight is a floating-point parameter, so a gradient can move it."""
+    units = [model.module(p) for p in paths]
+    return any(t.is_floating_point() for unit in units for t in unit.parameters())
+
+
+def unit_gain(model: Model, paths: Sequence[str]) -> bool:
+    """Every norm multiplies by one, so it commutes with rotations."""
+    norms = [unit for p in paths if isinstance(unit := model.module(p), Norm)]
+    return bool(norms) and all(bool((norm.weight + norm.offset == 1).all()) for norm in norms)
+
+
 def sparse_in_groups(n: int, m: int) -> Predicate:
     """In each m neighboring inputs of every row, at most n weights are not zero."""
 
@@ -104,6 +117,8 @@ PREDICATES: Mapping[str, Predicate] = {
     "sparse_2_4": sparse_in_groups(2, 4),
     "sparse_4_8": sparse_in_groups(4, 8),
     "tied": tied,
+    "trainable": trainable,
+    "unit_gain": unit_gain,
 }
 """Name -> how it is measured."""
 

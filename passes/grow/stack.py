@@ -38,7 +38,11 @@ class Stack(Rewrite):
         year=2024,
         section="3",
     )
-    contract = Contract(HEALED, needs=(Fact("dense", "model"),), keeps=(Fact("dense"), Fact("sparse")))
+    contract = Contract(
+        HEALED,
+        needs=(Fact("dense", "model"),),
+        keeps=tuple(Fact(name) for name in ("dense", "sparse", "sparse_2_4", "sparse_4_8")),
+    )
     examples = ("grow.stack(factor = 2)", "grow.stack(factor = 3, order = interleave)")
 
     factor: int = Field(2, ge=2, le=8, description="how many times as deep the model becomes")

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from effc.compiler.contract import HEALED, Contract
+from effc.compiler.contract import HEALED, Contract, Fact
 from effc.compiler.cost import count
 from effc.compiler.method import Work
 from effc.compiler.model import Model
@@ -36,7 +36,10 @@ class Depth(Observe):
         year=2024,
         section="3.2",
     )
-    contract = Contract(HEALED)
+    contract = Contract(
+        HEALED,
+        keeps=tuple(Fact(name) for name in ("packed", "sparse", "sparse_2_4", "sparse_4_8", "unit_gain")),
+    )
     examples = ("prune.depth(keep = 75%, data = code)", "prune.depth(keep = 2, data = code, samples = 4)")
 
     keep: Share | Count = Field(0.75, gt=0, description="layers that stay: a share of them, or how many")

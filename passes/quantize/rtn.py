@@ -35,7 +35,14 @@ class RTN(Uniform, Rewrite):
     """
 
     paper = FOLKLORE
-    contract = Contract(LOSSY, needs=(Fact("dense", "select"),), gives=(Fact("packed", "select"),))
+    contract = Contract(
+        LOSSY,
+        needs=(Fact("dense", "select"),),
+        gives=(Fact("packed", "select"),),
+        keeps=tuple(
+            Fact(name, "select") for name in ("sparse", "sparse_2_4", "sparse_4_8")
+        ),  # zero is a code
+    )
     examples = (
         "quantize.rtn(bits = 4, group = 16)",
         "quantize.rtn(bits = 8)",
