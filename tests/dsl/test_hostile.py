@@ -106,8 +106,8 @@ def test_a_sweep_is_bounded() -> None:
 
 def mutated(text: bytes, draw: random.Random) -> bytes:
     """A few random edits: pieces cut, doubled, swapped, bytes changed, tokens of recipes put in."""
-    tokens = (b"(", b")", b"[", b"{", b"}", b'"', b"=", b",", b"%", b"\n", b"  ", b"data",
-              b"1e9", b"-", b"$x", b": ", b"\xff", b"\0", b"2:4", b"effc", b"use", b"!t ", b"*a", b"&a ")  # fmt: skip
+    tokens = (b"(", b")", b"[", b"{", b"}", b'"', b"=", b",", b"%", b"\n", b"  ", b"data", b"1e9",
+              b"-", b"$x", b": ", b"\xff", b"\0", b"2:4", b"effc", b"use", b"!t ", b"*a", b"&a ")  # fmt: skip
     for _ in range(draw.randint(1, 6)):
         a, b = sorted(draw.randrange(len(text) + 1) for _ in range(2))
         b = min(b, a + draw.randint(0, 30))
