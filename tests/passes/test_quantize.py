@@ -176,7 +176,8 @@ def test_gptq_equals_the_naive_solver(group: int, block: int, symmetric: bool) -
     q, scale, zero = solve(w, found[0], 3, group, symmetric, torch.float16, block, None)
     mine = decode(q.view(12, 96 // group, -1), scale, zero).view_as(w)
     expected = naive(w, h, 3, group, symmetric, 0.01)
-    assert float((mine.double() != expected).double().mean()) < 0.02  # a tie may fall to the other side
+    same = torch.isclose(mine.double(), expected, rtol=2e-3, atol=0)  # a scale may differ in its last bit
+    assert float((~same).double().mean()) < 0.02  # a tie may fall to the other side
     assert output_error(w, mine, h) == pytest.approx(output_error(w, expected.float(), h), rel=0.02)
 
 
