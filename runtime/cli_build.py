@@ -42,7 +42,7 @@ def compile(options: argparse.Namespace) -> int:
         result = front.compile(each.recipe, options.store, options.device, options.tiny, [watch])
         record = result.as_json(expected) | _about(each, expected)
         _finish_exports(record)
-        pages = [options.store / "reports" / f"{_named(each)}.html", *_beside(record)]
+        pages = [options.store / "reports" / f"{_named(each)}.html"]
         for page in pages if options.report is None else [*pages, options.report]:
             write(record, page)
         records.append(record)
@@ -95,15 +95,6 @@ def _finish_exports(record: dict[str, Any]) -> None:
             export["evaluate"] = (
                 f"lm_eval --model hf --model_args pretrained={place} --tasks lambada_openai --batch_size 8"
             )
-
-
-def _beside(record: dict[str, Any]) -> list[Path]:
-    """The report travels inside each artefact."""
-    return [
-        Path(e["path"]) / "report.html"
-        for e in record["exports"]
-        if e["format"] == "artifact" and not e["refused"]
-    ]
 
 
 def _named(each: Checked) -> str:
