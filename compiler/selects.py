@@ -29,9 +29,13 @@ class Selects(Spec):
     overrides: ClassVar[tuple[str, ...]] = ()
     """Own fields that a rule may set for the modules it names."""
 
-    select: tuple[str, ...] = Field((), description="modules to touch; default: weights of attention and mlp")
-    except_: tuple[str, ...] = Field((), alias="except", description="modules to leave out")
-    rules: tuple[Rule, ...] = Field((), description="per module: skip, or other arguments; the last one wins")
+    select: tuple[str, ...] = Field(
+        default=(), description="modules to touch; default: weights of attention and mlp"
+    )
+    except_: tuple[str, ...] = Field(default=(), alias="except", description="modules to leave out")
+    rules: tuple[Rule, ...] = Field(
+        default=(), description="per module: skip, or other arguments; the last one wins"
+    )
 
     def targets(self, model: Model) -> dict[str, Self]:
         """Path -> the method as it applies there, in model order.

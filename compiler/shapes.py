@@ -56,7 +56,7 @@ class Calibrate(Method):
     """
 
     data: DataRef = Field(description="calibration sequences")
-    samples: int = Field(128, ge=1, description="sequences of the train split that are seen")
+    samples: int = Field(default=128, ge=1, description="sequences of the train split that are seen")
 
     def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
         """Those of a layer's module paths whose inputs are needed; may be empty."""
@@ -96,17 +96,19 @@ class Train(Method):
 
     data: DataRef = Field(description="training sequences")
     steps: int = Field(ge=1, description="optimizer steps")
-    batch: int = Field(8, ge=1, description="sequences in one optimizer step")
-    accumulate: int = Field(1, ge=1, description="parts a batch is computed in, to need less memory")
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient; above it the gradient shrinks")
+    batch: int = Field(default=8, ge=1, description="sequences in one optimizer step")
+    accumulate: int = Field(default=1, ge=1, description="parts a batch is computed in, to need less memory")
+    clip: float = Field(
+        default=1.0, gt=0, description="largest norm of the gradient; above it the gradient shrinks"
+    )
     optimizer: Annotated[Optimizer | None, Slot("train.optimizer", "adamw")] = Field(
-        None, description="how gradients become steps"
+        default=None, description="how gradients become steps"
     )
     schedule: Annotated[Schedule | None, Slot("train.schedule", "cosine")] = Field(
-        None, description="the learning rate over the steps"
+        default=None, description="the learning rate over the steps"
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="dtype of the passes; weights and optimizer state are float32 in any case"
+        default="auto", description="dtype of the passes; weights and optimizer state are float32 in any case"
     )
 
     def begin(self, rw: Rewriter, seed: int) -> None:
@@ -145,7 +147,7 @@ class Merge(Method):
     """Passes over the numbers before they merge."""
 
     template: Literal["same", "first"] = Field(
-        "same", description="demand equal chat templates, or take the first model's"
+        default="same", description="demand equal chat templates, or take the first model's"
     )
 
     @property

@@ -28,9 +28,11 @@ class Target(BaseModel):
     name: str
     summary: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
-    cores: int = Field(1, ge=1)
+    cores: int = Field(default=1, ge=1)
     memory_bytes: int = Field(gt=0, description="memory in which stages run: host RAM, or that of one GPU")
-    disk_bytes: int | None = Field(None, ge=0, description="space for the store; None: ask the file system")
+    disk_bytes: int | None = Field(
+        default=None, ge=0, description="space for the store; None: ask the file system"
+    )
     gemm: Mapping[str, float] = Field(description="dtype -> flops a second, large matrices")
     forward: Mapping[str, float] = Field(
         description="dtype -> flops a second, forward pass of a narrow layer"
@@ -41,7 +43,9 @@ class Target(BaseModel):
     disk_read: float = Field(gt=0, description="bytes a second")
     disk_write: float = Field(gt=0, description="bytes a second, until they are safe")
     overhead: float = Field(ge=0, description="seconds to start one operation")
-    base_bytes: int = Field(0, ge=0, description="resident memory of an idle process that has imported torch")
+    base_bytes: int = Field(
+        default=0, ge=0, description="resident memory of an idle process that has imported torch"
+    )
     calibrated: bool = False
 
     def rate(self, dtype: str, width: int, training: bool = False) -> float:

@@ -33,7 +33,7 @@ class Full(Train):
     )
 
     train: str | tuple[str, ...] = Field(
-        "all", description="`all`, `body` (all but embedding and head), or selectors of modules"
+        default="all", description="`all`, `body` (all but embedding and head), or selectors of modules"
     )
 
     def trains(self, model: Model) -> list[str]:

@@ -50,10 +50,14 @@ class Lora(Selects, Train):
     )
     overrides: ClassVar[tuple[str, ...]] = ("rank", "alpha")
 
-    rank: int = Field(8, ge=1, description="inner width of the change")
-    alpha: float = Field(16.0, gt=0, description="strength of the change, as if trained at rank 1")
-    scaling: Literal["rank", "sqrt_rank"] = Field("rank", description="s = alpha / rank, or / sqrt(rank)")
-    dropout: Share = Field(0.0, ge=0, lt=1, description="share of inputs hidden from the change in training")
+    rank: int = Field(default=8, ge=1, description="inner width of the change")
+    alpha: float = Field(default=16.0, gt=0, description="strength of the change, as if trained at rank 1")
+    scaling: Literal["rank", "sqrt_rank"] = Field(
+        default="rank", description="s = alpha / rank, or / sqrt(rank)"
+    )
+    dropout: Share = Field(
+        default=0.0, ge=0, lt=1, description="share of inputs hidden from the change in training"
+    )
 
     def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
         for path, method in self.targets(rw.model).items():

@@ -41,16 +41,16 @@ class Logits(Train):
 
     teacher: ModelRef = Field(description="the model to learn from")
     direction: Literal["forward", "reverse", "jsd", "tvd"] = Field(
-        "forward", description="which distance from the teacher is minimized"
+        default="forward", description="which distance from the teacher is minimized"
     )
     temperature: float = Field(
-        1.0, gt=0, le=100, description="t: above 1 the teacher's unlikely tokens weigh more"
+        default=1.0, gt=0, le=100, description="t: above 1 the teacher's unlikely tokens weigh more"
     )
-    beta: float = Field(0.5, gt=0, lt=1, description="weight of the teacher in the mixture of jsd")
-    kd: float = Field(0.9, ge=0, description="weight of the distance from the teacher")
-    ce: float = Field(0.1, ge=0, description="weight of the surprise at the data")
+    beta: float = Field(default=0.5, gt=0, lt=1, description="weight of the teacher in the mixture of jsd")
+    kd: float = Field(default=0.9, ge=0, description="weight of the distance from the teacher")
+    ce: float = Field(default=0.1, ge=0, description="weight of the surprise at the data")
     train: str | tuple[str, ...] = Field(
-        "all", description="`all`, `body` (all but embedding and head), or selectors of modules"
+        default="all", description="`all`, `body` (all but embedding and head), or selectors of modules"
     )
 
     @model_validator(mode="after")

@@ -43,15 +43,15 @@ class Offline(Train):
     )
 
     teacher: ModelRef = Field(description="the model to learn from")
-    k: int = Field(64, ge=1, description="tokens kept of each distribution, the likeliest first")
+    k: int = Field(default=64, ge=1, description="tokens kept of each distribution, the likeliest first")
     missing: Literal["bucket", "zero", "renormalize"] = Field(
-        "bucket", description="what stands for the tokens that were not kept"
+        default="bucket", description="what stands for the tokens that were not kept"
     )
-    stored: Literal["fp16", "fp32"] = Field("fp16", description="dtype of the kept log-probabilities")
-    kd: float = Field(0.9, ge=0, description="weight of the distance from the teacher")
-    ce: float = Field(0.1, ge=0, description="weight of the surprise at the data")
+    stored: Literal["fp16", "fp32"] = Field(default="fp16", description="dtype of the kept log-probabilities")
+    kd: float = Field(default=0.9, ge=0, description="weight of the distance from the teacher")
+    ce: float = Field(default=0.1, ge=0, description="weight of the surprise at the data")
     train: str | tuple[str, ...] = Field(
-        "all", description="`all`, `body` (all but embedding and head), or selectors of modules"
+        default="all", description="`all`, `body` (all but embedding and head), or selectors of modules"
     )
 
     @model_validator(mode="after")

@@ -45,9 +45,9 @@ class Stack(Rewrite):
     )
     examples = ("grow.stack(factor = 2)", "grow.stack(factor = 3, order = interleave)")
 
-    factor: int = Field(2, ge=2, le=8, description="how many times as deep the model becomes")
+    factor: int = Field(default=2, ge=2, le=8, description="how many times as deep the model becomes")
     order: Literal["stack", "interleave"] = Field(
-        "stack", description="the whole on top of itself, or layer by layer"
+        default="stack", description="the whole on top of itself, or layer by layer"
     )
 
     def layout(self, layers: int) -> list[int]:

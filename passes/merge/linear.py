@@ -33,9 +33,9 @@ class Linear(Merge):
     examples = ("merge.linear()", "merge.linear(weight = [3, 1])")
 
     weight: tuple[float, ...] = Field(
-        (), description="share of each model, in their order; all 1 unless written"
+        default=(), description="share of each model, in their order; all 1 unless written"
     )
-    normalize: bool = Field(True, description="divide the shares by their sum")
+    normalize: bool = Field(default=True, description="divide the shares by their sum")
 
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
         wrong = wrong_weights(self.kind, self.weight, 1 + len(others), self.normalize)

@@ -33,9 +33,11 @@ class Slerp(Merge):
     models: ClassVar[tuple[int, int | None]] = (2, 2)
     rounds: ClassVar[int] = 1
 
-    t: float = Field(0.5, ge=0, le=1, description="place on the arc: 0 is the first model, 1 the second")
+    t: float = Field(
+        default=0.5, ge=0, le=1, description="place on the arc: 0 is the first model, 1 the second"
+    )
     straight: float = Field(
-        0.9995, gt=0, le=1, description="cosine of the angle from which on tensors count as parallel"
+        default=0.9995, gt=0, le=1, description="cosine of the angle from which on tensors count as parallel"
     )
 
     def observe(

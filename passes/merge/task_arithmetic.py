@@ -32,9 +32,11 @@ class TaskArithmetic(Merge):
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     base: ModelRef = Field(description="the model that the others were fine-tuned from")
-    weight: tuple[float, ...] = Field((), description="factor of each change; all 1 unless written")
+    weight: tuple[float, ...] = Field(default=(), description="factor of each change; all 1 unless written")
     lambda_: float = Field(
-        1.0, alias="lambda", description="factor of the sum; negative unlearns, 0 would change nothing"
+        default=1.0,
+        alias="lambda",
+        description="factor of the sum; negative unlearns, 0 would change nothing",
     )
 
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:

@@ -50,13 +50,13 @@ class Ties(Merge):
     model_config = ConfigDict(validate_by_name=True, validate_by_alias=True)
 
     base: ModelRef = Field(description="the model that the others were fine-tuned from")
-    density: Share = Field(0.2, gt=0, le=1, description="share of each change that is kept")
-    weight: tuple[float, ...] = Field((), description="factor of each change; all 1 unless written")
-    lambda_: float = Field(1.0, alias="lambda", description="factor of the merged change")
+    density: Share = Field(default=0.2, gt=0, le=1, description="share of each change that is kept")
+    weight: tuple[float, ...] = Field(default=(), description="factor of each change; all 1 unless written")
+    lambda_: float = Field(default=1.0, alias="lambda", description="factor of the merged change")
     sign: Literal["sum", "count"] = Field(
-        "sum", description="elect by the sum of the changes or by their number"
+        default="sum", description="elect by the sum of the changes or by their number"
     )
-    scope: Literal["model", "tensor"] = Field("model", description="what the density is a share of")
+    scope: Literal["model", "tensor"] = Field(default="model", description="what the density is a share of")
 
     @property
     def over(self) -> str:

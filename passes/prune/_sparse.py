@@ -33,9 +33,11 @@ class Sparse(Selects):
 
     overrides = ("sparsity", "pattern")
 
-    sparsity: Share = Field(0.5, lt=1, description="share of weights set to zero; n:m patterns fix it at 50%")
+    sparsity: Share = Field(
+        default=0.5, lt=1, description="share of weights set to zero; n:m patterns fix it at 50%"
+    )
     pattern: Pattern = Field(
-        "unstructured", description="any weights, or 2 of 4 or 4 of 8 neighboring inputs stay"
+        default="unstructured", description="any weights, or 2 of 4 or 4 of 8 neighboring inputs stay"
     )
 
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:

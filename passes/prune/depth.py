@@ -42,7 +42,9 @@ class Depth(Observe):
     )
     examples = ("prune.depth(keep = 75%, data = code)", "prune.depth(keep = 2, data = code, samples = 4)")
 
-    keep: Share | Count = Field(0.75, gt=0, description="layers that stay: a share of them, or how many")
+    keep: Share | Count = Field(
+        default=0.75, gt=0, description="layers that stay: a share of them, or how many"
+    )
 
     def kept(self, layers: int) -> int:
         """How many of `layers` stay; a share is rounded to the nearest count."""

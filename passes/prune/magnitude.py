@@ -44,7 +44,7 @@ class Magnitude(Sparse, Rewrite):
     )
 
     scope: Literal["layer", "global"] = Field(
-        "layer", description="where weights compete: in a matrix, or in all"
+        default="layer", description="where weights compete: in a matrix, or in all"
     )
 
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:

@@ -31,12 +31,12 @@ class Uniform(Selects):
     overrides: ClassVar[tuple[str, ...]] = ("bits", "group", "scheme", "scale")
 
     group: Annotated[int, Gt(0)] | Literal["channel", "tensor"] = Field(
-        "channel", description="inputs that share a scale; `channel`: a row, `tensor`: all weights"
+        default="channel", description="inputs that share a scale; `channel`: a row, `tensor`: all weights"
     )
     scheme: Literal["symmetric", "asymmetric"] = Field(
-        "symmetric", description="whether zero is the middle of the grid or has a code of its own"
+        default="symmetric", description="whether zero is the middle of the grid or has a code of its own"
     )
-    scale: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="how scales are stored")
+    scale: Literal["fp16", "bf16", "fp32"] = Field(default="fp16", description="how scales are stored")
 
     @property
     def store(self) -> torch.dtype:

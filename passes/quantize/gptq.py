@@ -54,12 +54,16 @@ class GPTQ(Uniform, Calibrate):
     )
 
     group: Annotated[int, Gt(0)] | Literal["channel"] = Field(
-        "channel", description="inputs that share a scale; `channel`: a whole row"
+        default="channel", description="inputs that share a scale; `channel`: a whole row"
     )
-    bits: Annotated[int, Unit("bits")] = Field(4, ge=2, le=8, description="bits of a code")
-    damp: Share = Field(0.01, gt=0, le=0.1, description="added to the diagonal of H, as a share of its mean")
-    order: bool = Field(False, description="round columns by falling diagonal of H; grids are fitted before")
-    block: int = Field(128, ge=1, description="columns whose updates are applied together")
+    bits: Annotated[int, Unit("bits")] = Field(default=4, ge=2, le=8, description="bits of a code")
+    damp: Share = Field(
+        default=0.01, gt=0, le=0.1, description="added to the diagonal of H, as a share of its mean"
+    )
+    order: bool = Field(
+        default=False, description="round columns by falling diagonal of H; grids are fitted before"
+    )
+    block: int = Field(default=128, ge=1, description="columns whose updates are applied together")
 
     def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
         done: set[str] = set()

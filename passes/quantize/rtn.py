@@ -51,8 +51,8 @@ class RTN(Uniform, Rewrite):
     )
     overrides: ClassVar[tuple[str, ...]] = (*Uniform.overrides, "clip")
 
-    bits: Annotated[int, Unit("bits")] = Field(4, ge=2, le=8, description="bits of a code")
-    clip: Literal["none", "mse"] = Field("none", description="how the range of a group is chosen")
+    bits: Annotated[int, Unit("bits")] = Field(default=4, ge=2, le=8, description="bits of a code")
+    clip: Literal["none", "mse"] = Field(default="none", description="how the range of a group is chosen")
 
     def rewrite(self, rw: Rewriter) -> Mapping[str, float]:
         errors: dict[str, float] = {}

@@ -50,10 +50,12 @@ class LowRank(Selects, Calibrate):
     )
     overrides = ("rank",)
 
-    data: DataRef | None = Field(None, description="calibration sequences, for metric = activation")  # type: ignore[assignment]
-    rank: Share | Count = Field(0.25, gt=0, description="rank kept: a share of the shorter side, or a number")
+    data: DataRef | None = Field(default=None, description="calibration sequences, for metric = activation")  # type: ignore[assignment]
+    rank: Share | Count = Field(
+        default=0.25, gt=0, description="rank kept: a share of the shorter side, or a number"
+    )
     metric: Literal["weight", "activation"] = Field(
-        "weight", description="what the product should stay close in"
+        default="weight", description="what the product should stay close in"
     )
 
     @model_validator(mode="after")

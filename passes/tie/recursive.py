@@ -52,20 +52,21 @@ class Recursive(Rewrite):
         "tie.recursive(loops = 2, share = sequence, init = lower, lora_rank = 2, tie_norms = true)",
     )
 
-    loops: Count = Field(2, ge=2, description="how often each kept layer runs")
+    loops: Count = Field(default=2, ge=2, description="how often each kept layer runs")
     share: Literal["cycle", "sequence", "middle_cycle", "middle_sequence"] = Field(
-        "cycle", description="which layers share: every K-th, or neighbors; `middle_`: not the first and last"
+        default="cycle",
+        description="which layers share: every K-th, or neighbors; `middle_`: not the first and last",
     )
     init: Literal["average", "stepwise", "lower", "upper"] = Field(
-        "average", description="what the shared weights start as"
+        default="average", description="what the shared weights start as"
     )
     lora_rank: Count = Field(
-        0, description="rank of each layer's own difference; 0: none, the layers are equal"
+        default=0, description="rank of each layer's own difference; 0: none, the layers are equal"
     )
     lora_init: Literal["svd", "zero"] = Field(
-        "svd", description="whether differences start at the best fit or at zero"
+        default="svd", description="whether differences start at the best fit or at zero"
     )
-    tie_norms: bool = Field(False, description="share norm gains as well")
+    tie_norms: bool = Field(default=False, description="share norm gains as well")
 
     def slots(self, layers: int) -> list[list[int]]:
         """The layers that share, slot by slot."""

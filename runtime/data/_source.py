@@ -63,9 +63,11 @@ class Source(Spec):
 class Sequences(Source):
     """A source whose documents are packed into sequences of one length."""
 
-    seq: Tokens = Field(256, ge=8, description="tokens in one sequence")
-    heldout: Share = Field(0.05, gt=0, lt=1, description="share of the documents that no training sees")
-    seed: int = Field(0, ge=0, description="order of the documents and of the sequences")
+    seq: Tokens = Field(default=256, ge=8, description="tokens in one sequence")
+    heldout: Share = Field(
+        default=0.05, gt=0, lt=1, description="share of the documents that no training sees"
+    )
+    seed: int = Field(default=0, ge=0, description="order of the documents and of the sequences")
 
     def open(self, files: Mapping[str, bytes], store: Path | None = None) -> Packed:
         """Tokenize and pack for the vocabulary in `files` (tokenizer.json and its companions).

@@ -24,8 +24,12 @@ class Chat(Sequences):
     examples: ClassVar[tuple[str, ...]] = ('chat("talks.jsonl", messages = "messages", template = "model")',)
 
     path: str = Field(min_length=1, description="file, folder or glob")
-    messages: str = Field("messages", min_length=1, description="the field that holds the list of messages")
-    template: str = Field("model", description="`model` for the template of the model, or a jinja file")
+    messages: str = Field(
+        default="messages", min_length=1, description="the field that holds the list of messages"
+    )
+    template: str = Field(
+        default="model", description="`model` for the template of the model, or a jinja file"
+    )
 
     def documents(self, vocabulary: Vocabulary) -> Sequence[Document]:
         template = Template(self._text(vocabulary), vocabulary)

@@ -44,10 +44,12 @@ class Choices(Source):
     examples: ClassVar[tuple[str, ...]] = ('choices("quiz.jsonl")',)
 
     path: str = Field(min_length=1, description="file, folder or glob")
-    prompt: str = Field("prompt", min_length=1, description="the field that holds the question")
-    choices: str = Field("choices", min_length=1, description="the field that holds the list of answers")
+    prompt: str = Field(default="prompt", min_length=1, description="the field that holds the question")
+    choices: str = Field(
+        default="choices", min_length=1, description="the field that holds the list of answers"
+    )
     answer: str = Field(
-        "answer", min_length=1, description="the field that holds the number of the right one"
+        default="answer", min_length=1, description="the field that holds the number of the right one"
     )
 
     def open(self, files: Mapping[str, bytes], store: Path | None = None) -> Questions:

@@ -18,7 +18,7 @@ class Jsonl(Sequences):
     examples: ClassVar[tuple[str, ...]] = ('jsonl("notes.jsonl", field = "text", seq = 256)',)
 
     path: str = Field(min_length=1, description="file, folder or glob")
-    field: str = Field("text", min_length=1, description="the field that holds the text")
+    field: str = Field(default="text", min_length=1, description="the field that holds the text")
 
     def documents(self, vocabulary: Vocabulary) -> Sequence[Document]:
         files, rows = _lines.rows(self.path)

@@ -23,7 +23,7 @@ class Text(Sequences):
 
     path: str = Field(min_length=1, description="file, folder or glob")
     document: Literal["auto", "file", "part"] = Field(
-        "auto", description="what is held out as a whole: a file, or a part of one cut at blank lines"
+        default="auto", description="what is held out as a whole: a file, or a part of one cut at blank lines"
     )
 
     def documents(self, vocabulary: Vocabulary) -> Sequence[Document]:

@@ -35,7 +35,7 @@ class Gguf(Export):
     examples: ClassVar[tuple[str, ...]] = ('gguf("out/small.gguf")', 'gguf("out/small.gguf", type = q8_0)')
 
     path: str = Field(min_length=1, description="the file to write")
-    type: Literal["f16", "q8_0", "q4_0"] = Field("f16", description="how dense weights are stored")
+    type: Literal["f16", "q8_0", "q4_0"] = Field(default="f16", description="how dense weights are stored")
 
     def refuses(self, model: Model) -> Sequence[Diagnostic]:
         found = list(layout.problems(model, self.type))

@@ -31,7 +31,7 @@ class Hf(Export):
     examples: ClassVar[tuple[str, ...]] = ('hf("out/small")', 'hf("out/small", dense = true)')
 
     path: str = Field(min_length=1, description="the folder to write")
-    dense: bool = Field(False, description="write packed, factored and adapted weights as dense ones")
+    dense: bool = Field(default=False, description="write packed, factored and adapted weights as dense ones")
 
     def ready(self) -> None:
         need("transformers")

@@ -22,9 +22,9 @@ class Load(ModelSource):
     examples: ClassVar[tuple[str, ...]] = ('load("zoo:pylm")',)
 
     path: str = Field(min_length=1, description="folder, artefact, zoo:NAME or hf:org/name")
-    revision: str | None = Field(None, description="branch, tag or commit of an hf: model")
+    revision: str | None = Field(default=None, description="branch, tag or commit of an hf: model")
     dtype: Literal["bf16", "fp16", "fp32"] | None = Field(
-        None, description="dtype of weights; none: as stored"
+        default=None, description="dtype of weights; none: as stored"
     )
 
     def open(self, models: Mapping[str, Model], tiny: bool = False) -> Model:

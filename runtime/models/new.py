@@ -40,16 +40,16 @@ class New(ModelSource):
 
     architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = Field(description="family of the blocks")
     tokenizer: str = Field(min_length=1, description="folder that holds tokenizer.json and its companions")
-    layers: Count = Field(8, ge=1, le=1000, description="how many layers")
-    width: Count = Field(256, ge=8, le=65536, description="channels of the residual stream")
-    hidden: Count = Field(896, ge=8, le=262144, description="channels inside the mlp")
-    heads: Count = Field(4, ge=1, le=1024, description="query heads")
+    layers: Count = Field(default=8, ge=1, le=1000, description="how many layers")
+    width: Count = Field(default=256, ge=8, le=65536, description="channels of the residual stream")
+    hidden: Count = Field(default=896, ge=8, le=262144, description="channels inside the mlp")
+    heads: Count = Field(default=4, ge=1, le=1024, description="query heads")
     kv_heads: Count | None = Field(
-        None, ge=1, le=1024, description="key and value heads; none: as many as heads"
+        default=None, ge=1, le=1024, description="key and value heads; none: as many as heads"
     )
-    positions: Count = Field(512, ge=8, le=1_000_000, description="longest sequence")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="how weights are stored")
-    seed: int = Field(0, ge=0, description="what the weights are drawn from")
+    positions: Count = Field(default=512, ge=8, le=1_000_000, description="longest sequence")
+    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="how weights are stored")
+    seed: int = Field(default=0, ge=0, description="what the weights are drawn from")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:

@@ -27,10 +27,14 @@ class AdamW(Optimizer):
         "adamw(lr = 1e-3, betas = [0.9, 0.95], wd = 0.1)",
     )
 
-    lr: float = Field(3e-4, ge=0, le=10, description="learning rate at the height of the schedule")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="how much of M and of V is kept each step")
-    eps: float = Field(1e-8, gt=0, description="added to the root of V")
-    wd: float = Field(0.1, ge=0, description="weight decay of matrices; gains and biases do not decay")
+    lr: float = Field(default=3e-4, ge=0, le=10, description="learning rate at the height of the schedule")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95), description="how much of M and of V is kept each step"
+    )
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of V")
+    wd: float = Field(
+        default=0.1, ge=0, description="weight decay of matrices; gains and biases do not decay"
+    )
 
     def build(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         groups = decayed(parameters, self.wd)

@@ -28,9 +28,11 @@ class Lion(Optimizer):
         "lion(lr = 1e-4, betas = [0.95, 0.98], wd = 1.0)",
     )
 
-    lr: float = Field(1e-4, ge=0, le=0.1, description="learning rate at the height of the schedule")
-    betas: tuple[float, float] = Field((0.9, 0.99), description="b1 of the step, b2 of what is kept")
-    wd: float = Field(1.0, ge=0, description="weight decay of matrices; gains and biases do not decay")
+    lr: float = Field(default=1e-4, ge=0, le=0.1, description="learning rate at the height of the schedule")
+    betas: tuple[float, float] = Field(default=(0.9, 0.99), description="b1 of the step, b2 of what is kept")
+    wd: float = Field(
+        default=1.0, ge=0, description="weight decay of matrices; gains and biases do not decay"
+    )
 
     def build(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         return LionSteps(decayed(parameters, self.wd), lr=self.lr, betas=self.betas)

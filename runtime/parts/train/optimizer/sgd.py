@@ -24,10 +24,10 @@ class SGD(Optimizer):
     paper = FOLKLORE
     examples: ClassVar[tuple[str, ...]] = ("sgd(lr = 0.1)", "sgd(lr = 0.1, momentum = 0.9, nesterov = true)")
 
-    lr: float = Field(0.1, ge=0, le=100, description="learning rate at the height of the schedule")
-    momentum: float = Field(0.9, ge=0, lt=1, description="how much of M is kept each step")
-    nesterov: bool = Field(False, description="look ahead by one step of momentum")
-    wd: float = Field(0.0, ge=0, description="weight decay of matrices, added to their gradient")
+    lr: float = Field(default=0.1, ge=0, le=100, description="learning rate at the height of the schedule")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="how much of M is kept each step")
+    nesterov: bool = Field(default=False, description="look ahead by one step of momentum")
+    wd: float = Field(default=0.0, ge=0, description="weight decay of matrices, added to their gradient")
 
     @model_validator(mode="after")
     def _momentum_to_look_ahead(self) -> Self:

@@ -12,7 +12,7 @@ class Warmed(Schedule):
     """A schedule whose first `warmup` share of the steps climbs from 0; `after` describes the rest."""
 
     warmup: Share = Field(
-        0.05, ge=0, lt=1, description="share of the steps that climb from 0 to the full rate"
+        default=0.05, ge=0, lt=1, description="share of the steps that climb from 0 to the full rate"
     )
 
     def rate(self, step: int, steps: int) -> float:

@@ -23,7 +23,9 @@ class Cosine(Warmed):
     )
     examples: ClassVar[tuple[str, ...]] = ("cosine()", "cosine(warmup = 2%, final = 10%)")
 
-    final: Share = Field(0.0, ge=0, le=1, description="share of the full rate that is left at the end")
+    final: Share = Field(
+        default=0.0, ge=0, le=1, description="share of the full rate that is left at the end"
+    )
 
     def after(self, step: int, steps: int) -> float:
         return self.final + (1 - self.final) * (1 + cos(pi * step / steps)) / 2

@@ -28,9 +28,11 @@ class WSD(Warmed):
     )
     examples: ClassVar[tuple[str, ...]] = ("wsd(decay = 20%)", "wsd(decay = 10%, form = exp, final = 10%)")
 
-    decay: Share = Field(0.2, ge=0, le=1, description="share of the steps over which the rate falls")
-    form: Literal["linear", "exp", "sqrt"] = Field("linear", description="how it falls")
-    final: Share = Field(0.0, ge=0, le=1, description="share of the full rate that is left at the end")
+    decay: Share = Field(default=0.2, ge=0, le=1, description="share of the steps over which the rate falls")
+    form: Literal["linear", "exp", "sqrt"] = Field(default="linear", description="how it falls")
+    final: Share = Field(
+        default=0.0, ge=0, le=1, description="share of the full rate that is left at the end"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
