@@ -5,7 +5,9 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 from effc.dsl import tree
-from effc.dsl.values import Place, Values, near_unit
+from effc.dsl.numbers import near_unit
+from effc.dsl.place import Place
+from effc.dsl.values import Values
 from effc.specs.catalogue import Form
 from effc.specs.diagnostic import Diagnostic, Label
 from effc.specs.metrics import MEASURES

@@ -7,41 +7,14 @@ certainly fails is reported here, with an order that would be legal where there 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
+from effc.dsl.held import Held, State, after, arguments_of, loaded, shared, survives
+from effc.dsl.region import overlap, region_of, selected
 from effc.specs.catalogue import Catalogue, Entry
 from effc.specs.diagnostic import Diagnostic, Label
 from effc.specs.facts import Claim, claim, export_rules, facts
-from effc.specs.recipe import Binding, Call, Export, Recipe, Ref
-from effc.specs.selector import Name, Selector, SelectorError
+from effc.specs.recipe import Binding, Export, Recipe, Ref
 from effc.specs.source import Span
-
-_DEFAULT = ("attention", "mlp", "moe.experts", "linear")
-_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80)
-"""Numbers of layers on which overlaps are tried while the model is unknown."""
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Part of a model: all of it, or what `select`, `except` and `rules` of a stage take in."""
-
-    select: tuple[str, ...] | None = None
-    except_: tuple[str, ...] = ()
-    rules: tuple[tuple[str, bool], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """A fact that a stage gave to a region."""
-
-    fact: str
-    region: Region
-    by: str
-
-
-State = tuple[Held, ...]
 
 
 def check_order(recipe: Recipe, catalogue: Catalogue) -> list[Diagnostic]:
@@ -56,42 +29,16 @@ def check_order(recipe: Recipe, catalogue: Catalogue) -> list[Diagnostic]:
         if entry is None:
             continue
         if entry.role == "model":
-            states[binding.name] = _loaded(binding)
+            states[binding.name] = loaded(binding)
             continue
         before = [states.get(ref.name, ()) for ref in binding.call.models]
         found += _needs(binding, entry, before, known, catalogue)
         found += _losses(binding, entry, before, known, catalogue)
-        states[binding.name] = _after(binding, entry, before)
+        states[binding.name] = after(binding, entry, before)
     for export in recipe.exports:
         found += _export(export, states.get(export.model, ()), known, catalogue)
     found += _unhealed(recipe, catalogue)
     return found
-
-
-def _loaded(binding: Binding) -> State:
-    """A model just loaded is dense; one with an adapter has it."""
-    return (Held("adapter", Region(), binding.name),) if binding.call.kind == "adapter" else ()
-
-
-def _after(binding: Binding, entry: Entry, before: Sequence[State]) -> State:
-    """What holds after a stage: what every input had and it keeps, and what it gives."""
-    kept = {claim(text).fact for text in entry.keeps}
-    broken = {claim(text).fact for text in entry.breaks}
-    given = [c for c in map(claim, entry.gives) if c.applies(_arguments(binding.call, entry))]
-    state = [held for held in _shared(before) if held.fact not in broken and _survives(held, entry, kept)]
-    if any(c.fact == "dense" for c in given):  # folds and dequantizers give dense weights back
-        state = [held for held in state if "dense" not in facts()[held.fact].excludes]
-    return (*state, *(Held(c.fact, _region(c, binding.call), binding.name) for c in given))
-
-
-def _survives(held: Held, entry: Entry, kept: set[str]) -> bool:
-    return held.fact in kept or facts()[held.fact].of == "structure" or entry.contract == "EXACT"
-
-
-def _shared(before: Sequence[State]) -> State:
-    """Facts of any of the models; those that one stage gave, the most telling first."""
-    found = dict.fromkeys(held for state in before for held in state)
-    return tuple(sorted(found, key=lambda held: -len(facts()[held.fact].implies)))
 
 
 def _needs(
@@ -102,13 +49,13 @@ def _needs(
     catalogue: Catalogue,
 ) -> Iterator[Diagnostic]:
     """Needs that certainly fail, one diagnostic for each stage that is in the way."""
-    arguments = _arguments(binding.call, entry)
+    arguments = arguments_of(binding.call, entry)
     needs = [c for c in map(claim, entry.needs) if c.applies(arguments)]
     if entry.contract == "TRAIN" and not any("adapter" in text for text in entry.gives):
         needs.append(Claim("trainable", "model"))
     told: set[str] = set()
     for need in needs:
-        region = _region(need, binding.call)
+        region = region_of(need, binding.call)
         for ref, state in zip(binding.call.models, before, strict=True):
             if not facts()[need.fact].loaded:
                 if not any(need.fact in (h.fact, *facts()[h.fact].implies) for h in state):
@@ -134,9 +81,9 @@ def _losses(
     kept = {claim(text).fact for text in entry.keeps}
     broken = {claim(text).fact for text in entry.breaks}
     told: set[str] = set()
-    for held in _shared(before):
+    for held in shared(before):
         kind = facts()[held.fact]
-        lost = held.fact in broken or not _survives(held, entry, kept)
+        lost = held.fact in broken or not survives(held, entry, kept)
         if not lost or held.by in told or kind.of != "values" or _refused(entry, held, binding):
             continue
         if not _touches(binding, entry, held):
@@ -171,7 +118,7 @@ def _touches(binding: Binding, entry: Entry, held: Held) -> bool:
     """Whether the stage certainly writes weights where the fact holds."""
     if entry.parameter("select") is None:
         return True
-    return overlap(held.region, _selected(binding.call)) is True
+    return overlap(held.region, selected(binding.call)) is True
 
 
 def _in_the_way(
@@ -218,11 +165,11 @@ def _legal_swap(first: Binding, second: Binding, catalogue: Catalogue, lossless:
     one, two = catalogue.find(first.call.kind), catalogue.find(second.call.kind)
     if one is None or two is None or one.role != "method" or not first.call.models:
         return None
-    after = _after(second, two, [()])
-    if any(_needs(first, one, [after] * len(first.call.models), {second.name: second}, catalogue)):
+    left = after(second, two, [()])
+    if any(_needs(first, one, [left] * len(first.call.models), {second.name: second}, catalogue)):
         return None
     kept = {claim(text).fact for text in one.keeps}
-    if lossless and any(not _survives(held, one, kept) and _touches(first, one, held) for held in after):
+    if lossless and any(not survives(held, one, kept) and _touches(first, one, held) for held in left):
         return None
     start = str(first.call.models[0])
     others = [str(ref) for ref in second.call.models if ref.name != first.name]
@@ -286,8 +233,8 @@ def _unhealed(recipe: Recipe, catalogue: Catalogue) -> Iterator[Diagnostic]:
                 if child.name not in seen:
                     seen.add(child.name)
                     todo.append(child.name)
-        after = [e for b in recipe.bindings if b.name in seen and (e := catalogue.find(b.call.kind))]
-        if not any(e.contract == "TRAIN" for e in after):
+        later = [e for b in recipe.bindings if b.name in seen and (e := catalogue.find(b.call.kind))]
+        if not any(e.contract == "TRAIN" for e in later):
             data = next((b.name for b in recipe.bindings if b.value == "data"), "DATA")
             base = next((b.name for b in recipe.bindings if b.keyword == "model"), "MODEL")
             arguments = f"{binding.name}, teacher = {base}, data = {data}, steps = 200"
@@ -300,76 +247,6 @@ def _unhealed(recipe: Recipe, catalogue: Catalogue) -> Iterator[Diagnostic]:
                 help_,
                 "warning",
             )
-
-
-# ---- regions
-
-
-def overlap(a: Region, b: Region) -> bool | None:
-    """Whether two regions share a module: certainly, certainly not, or None where it depends on the model."""
-    if a.select is None or b.select is None or a == b:
-        return True
-    found = {bool(_modules(a, n) & _modules(b, n)) for n in _SIZES}
-    return found.pop() if len(found) == 1 else None
-
-
-@cache
-def _modules(region: Region, layers: int) -> frozenset[str]:
-    """The region in a decoder of so many layers."""
-    names = _decoder(layers)
-    try:
-        taken = {p for text in region.select or _DEFAULT for p in Selector.parse(text).match(names)}
-        taken -= {p for text in region.except_ for p in Selector.parse(text).match(names)}
-        for text, skip in region.rules:
-            paths = set(Selector.parse(text).match(names))
-            taken = taken - paths if skip else taken | paths
-    except SelectorError:
-        return frozenset()
-    return frozenset(taken)
-
-
-@cache
-def _decoder(layers: int) -> tuple[Name, ...]:
-    inner = (
-        "attention.q",
-        "attention.k",
-        "attention.v",
-        "attention.o",
-        "mlp.gate",
-        "mlp.up",
-        "mlp.down",
-        "moe.router",
-        "moe.experts.gate",
-        "moe.experts.up",
-        "moe.experts.down",
-    )
-    deep = [Name(f"layers.{i}.{role}", role, i) for i in range(layers) for role in inner]
-    return (Name("embedding", "embedding"), *deep, Name("head", "head"))
-
-
-def _region(c: Claim, call: Call) -> Region:
-    if c.region == "select":
-        return _selected(call)
-    return Region() if c.region == "model" else Region((c.region,))
-
-
-def _selected(call: Call) -> Region:
-    rules = call.arguments.get("rules") or ()
-    assert isinstance(rules, tuple)
-    return Region(
-        _texts(call.arguments.get("select")) or _DEFAULT,
-        _texts(call.arguments.get("except")),
-        tuple((str(r["on"]), bool(r.get("skip"))) for r in rules if isinstance(r, Mapping)),
-    )
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(str(v) for v in value) if isinstance(value, tuple) else ()
-
-
-def _arguments(call: Call, entry: Entry) -> dict[str, Any]:
-    """What is given and, where nothing is, the defaults."""
-    return {**{p.name: p.default for p in entry.parameters}, **call.arguments}
 
 
 def _family(binding: Binding) -> str:

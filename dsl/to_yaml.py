@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from effc.dsl import tree
 from effc.dsl.unparse import number, value
-from effc.dsl.yaml_twin import NAME
+from effc.dsl.yaml_values import NAME
 
 WIDTH = 100
 _PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*\Z")
