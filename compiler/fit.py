@@ -28,8 +28,9 @@ def remedy(method: Method, peak: Callable[[Method], int], limit: int) -> Setting
 def _changes(method: Method) -> Iterator[tuple[str, Method]]:
     """Accumulating keeps the gradient and its batch; a smaller batch or fewer samples change the result."""
     batch = getattr(method, "batch", None)
-    if hasattr(method, "accumulate") and batch:
-        for parts in _doubling(2 * method.accumulate, batch):
+    accumulate = getattr(method, "accumulate", None)
+    if accumulate and batch:
+        for parts in _doubling(2 * accumulate, batch):
             yield f"accumulate = {parts}", method.model_copy(update={"accumulate": parts})
     for field in ("batch", "samples"):
         value = getattr(method, field, None)

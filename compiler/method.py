@@ -70,14 +70,17 @@ class Data(Protocol):
     @property
     def vocabulary(self) -> str:
         """Fingerprint of the tokenizer; stages refuse data of another vocabulary than their model's."""
+        ...
 
     @property
     def bytes_per_token(self) -> float: ...
     def size(self, split: str) -> int:
         """Sequences in the split."""
+        ...
 
     def tokens(self, split: str) -> int:
         """Tokens in the split that carry loss."""
+        ...
 
     def batch(self, split: str, indices: Sequence[int]) -> Batch: ...
 

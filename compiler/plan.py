@@ -8,7 +8,7 @@ parameters and bytes equal the measured ones exactly. Whoever knows files and me
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,11 +17,13 @@ from effc.compiler.cost import Cost, count
 from effc.compiler.fit import remedy
 from effc.compiler.method import Method, Work
 from effc.compiler.model import Model
+from effc.compiler.placed import placed
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selected import selector_report
 from effc.compiler.shapes import Calibrate, Merge, Train
-from effc.specs.diagnostic import Diagnostic, EffcError, Label
-from effc.specs.recipe import Binding, Call, Export, Recipe
+from effc.compiler.stand_in import selector_problems, stands_in
+from effc.specs.diagnostic import Diagnostic, EffcError
+from effc.specs.recipe import Binding, Export, Recipe
 from effc.specs.target import Target
 from effc.specs.units import fmt_bytes
 
@@ -52,13 +54,16 @@ class Sources(Protocol):
 
     def model(self, binding: Binding, models: Mapping[str, Model]) -> Model:
         """The model of a `model` binding, on meta; `models` are those before it, for an adapter."""
+        ...
 
     def stage(self, binding: Binding) -> Staged: ...
     def refuses(self, export: Export, model: Model) -> Sequence[Diagnostic]:
         """Why the export's format cannot express the model."""
+        ...
 
     def disk_free(self) -> int:
         """Bytes free where the store lies."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,22 +147,28 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
             cannot be read, E351 memory and E352 disk that do not suffice, with the setting that would.
     """
     models: dict[str, Model] = {}
+    refused: dict[str, Model] = {}
     stages: list[StagePlan] = []
     problems: list[Diagnostic] = []
     for binding in recipe.bindings:
         if binding.value != "model":
             continue
+        staged = None
         try:
-            made = sources.model(binding, models) if binding.keyword == "model" else None
-            staged = sources.stage(binding) if made is None else None
-            if staged is not None:
-                if any(name not in models for name in (*staged.models, *staged.named.values())):
-                    continue  # what it is made from was refused already
+            if binding.keyword == "model":
+                made = sources.model(binding, models)
+            else:
+                staged = sources.stage(binding)
+                needs = (*staged.models, *staged.named.values())
+                if any(name not in models for name in needs):  # what it is made from was refused already
+                    problems += _followed(binding, staged, models | refused, refused)
+                    continue
                 made = _outlined(binding, staged, models)
         except EffcError as problem:
-            problems += [_placed(d, binding) for d in problem.diagnostics]
+            problems += [placed(d, binding.call) for d in problem.diagnostics]
+            if staged is not None:
+                _followed(binding, staged, models, refused)
             continue
-        assert made is not None
         models[binding.name] = made
         stage = _costed(binding, staged, made, models, target)
         stages.append(stage)
@@ -165,8 +176,11 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
             problems.append(_too_large(binding, staged, stage, models, target))
     for export in recipe.exports:
         if export.model in models:
-            found = sources.refuses(export, models[export.model])
-            problems += [d if d.labels else replace(d, labels=_at(export.call)) for d in found]
+            try:
+                found = sources.refuses(export, models[export.model])
+            except EffcError as problem:
+                found = problem.diagnostics
+            problems += [placed(d, export.call) for d in found]
     result = Plan(
         recipe, target, tuple(stages), models, tuple(d for d in problems if d.severity == "warning")
     )
@@ -189,6 +203,18 @@ def _outlined(binding: Binding, staged: Staged, models: Mapping[str, Model]) -> 
     rewriter = Rewriter(first, staged.method.kind)
     staged.method.outline(rewriter, others)
     return rewriter.done()
+
+
+def _followed(
+    binding: Binding, staged: Staged, models: Mapping[str, Model], refused: dict[str, Model]
+) -> list[Diagnostic]:
+    """Problems with selectors of a stage that cannot be planned; `refused` gets what stands in for it."""
+    first = models.get(staged.models[0])
+    if first is None:
+        return []
+    if (model := stands_in(staged.method, first)) is not None:
+        refused[binding.name] = model
+    return [placed(d, binding.call) for d in selector_problems(staged.method, first)]
 
 
 def _costed(
@@ -272,7 +298,9 @@ def _too_large(
         advice = f"no setting of `{stage.method}` makes it fit; take a machine with {needed} of memory"
     else:
         advice = f"write `{setting.written}`; then it needs {fmt_bytes(setting.peak)}"
-    return Diagnostic("E351", f"`{binding.name}` does not fit into memory", _at(binding.call), notes, advice)
+    about = setting.argument if setting else ""
+    title = f"`{binding.name}` does not fit into memory"
+    return placed(Diagnostic("E351", title, (), notes, advice, about=about), binding.call)
 
 
 def _disk_full(result: Plan, free: int) -> Diagnostic:
@@ -286,12 +314,3 @@ def _disk_full(result: Plan, free: int) -> Diagnostic:
         ),
         help=f"free space with `effc cache gc`, or choose a place with `--store {Path('elsewhere')}`",
     )
-
-
-def _placed(diagnostic: Diagnostic, binding: Binding) -> Diagnostic:
-    """A diagnostic that knows no place is about the binding's call."""
-    return diagnostic if diagnostic.labels else replace(diagnostic, labels=_at(binding.call))
-
-
-def _at(call: Call) -> tuple[Label, ...]:
-    return () if call.span is None else (Label(call.span),)

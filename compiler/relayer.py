@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
@@ -49,11 +50,11 @@ def _plain(gm: fx.GraphModule, exported: torch.export.ExportedProgram) -> None:
         ValueError: an argument is a container, which a graph of plain placeholders cannot take.
     """
     spec, out = exported.call_spec.in_spec, exported.call_spec.out_spec
-    if spec.num_leaves != spec.children()[0].num_children or out is None:
+    if spec is None or out is None or spec.num_leaves != spec.children()[0].num_children:
         raise ValueError("arguments in containers")
     end = next(node for node in gm.graph.nodes if node.op == "output")
     end.args = (pytree.tree_unflatten(list(end.args[0]), out),)
-    gm.graph.set_codegen(fx.graph.CodeGen())
+    gm.graph.set_codegen(CodeGen())
     gm.recompile()
 
 

@@ -46,6 +46,7 @@ class Statistic(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Everything gathered, as tensors."""
+        ...
 
 
 class Calibrate(Method):

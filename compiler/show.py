@@ -100,9 +100,9 @@ def show(model: Model) -> str:
             shape = "[" + ", ".join(row.shape) + "]" if row.shape else ""
             path = row.path if times == 1 else _ranged(row, times)
             mark = f"x {times}" if times > 1 and place == 0 else ""
-            amount = (fmt_count(row.params), fmt_bytes(row.bytes)) if row.params else ("", "")
+            count, held = (fmt_count(row.params), fmt_bytes(row.bytes)) if row.params else ("", "")
             detail = "  ".join(word for word in (mark, row.detail) if word)
-            lines.append((path, row.type, shape, row.dtype, *amount, row.origin, detail))
+            lines.append((path, row.type, shape, row.dtype, count, held, row.origin, detail))
     widths = [max(len(line[c]) for line in lines) for c in range(8)]
     text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     ties = [f"{alias} = {owner}" for alias, owner in model.ties().items()]

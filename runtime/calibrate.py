@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from effc.compiler.layers import segments
 from effc.compiler.method import Context, Data, Journal, Outcome
@@ -203,8 +204,8 @@ class _Run:
         for node in nodes:
             if node.op in ("placeholder", "output"):
                 continue
-            args = fx.node.map_arg(node.args, lambda n: env[n])
-            kwargs = fx.node.map_arg(node.kwargs, lambda n: env[n])
+            args = map_arg(node.args, lambda n: env[n])
+            kwargs = map_arg(node.kwargs, lambda n: env[n])
             if node.op == "call_module":
                 env[node] = self.rw.model.module(str(node.target))(*args, **kwargs)
             elif node.op == "call_function":

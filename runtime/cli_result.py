@@ -174,7 +174,7 @@ def _data(model: Model, name: str) -> Any:
     from effc.runtime.data.corpus import Corpus
     from effc.runtime.data.text import Text
 
-    source = Text(path=name) if Path(name).exists() else Corpus(name=name)
+    source = Text(path=name) if Path(name).exists() else Corpus.model_validate({"name": name})
     return source.open(model.tokenizer.files)
 
 

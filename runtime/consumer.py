@@ -186,7 +186,7 @@ def _transformers(
     config = transformers.AutoConfig.from_pretrained(home, trust_remote_code=False)
     names = config.architectures or [""]
     decoder = names[0].endswith(("ForCausalLM", "LMHeadModel"))
-    family = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
+    family: Any = transformers.AutoModelForCausalLM if decoder else transformers.AutoModel
     model, info = family.from_pretrained(
         home, config=config, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
     )

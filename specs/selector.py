@@ -69,7 +69,7 @@ class Selector:
             if found["index"] is not None:
                 if place or found["name"] != "layers":
                     raise SelectorError(f"has an index on `{found['name']}`; only `layers` is counted")
-                index = found["index"].replace(" ", "")
+                index = str(found["index"]).replace(" ", "")
                 _check_index(index)
             segments.append(found["name"])
         return cls(text, tuple(segments), index)

@@ -5,7 +5,7 @@ Shapes: W [o, i] = [out, in], so y = x W^T; a stack of E experts is [E, o, i].
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Linear(Unit):
     def dtype(self) -> str:
         return dtype_name(self.weight)
 
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, Any]:
         return super().spec() | {"bias": self.bias is not None}
 
     def flops(self, mean: int) -> int:

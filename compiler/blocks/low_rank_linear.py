@@ -5,7 +5,7 @@ Shapes: x [..., i], A [r, i], B [o, r], r <= min(o, i); W = B A.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class LowRankLinear(Unit):
     def dtype(self) -> str:
         return dtype_name(self.a)
 
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, Any]:
         return super().spec() | {"bias": self.bias is not None}
 
     def flops(self, mean: int) -> int:

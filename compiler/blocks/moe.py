@@ -5,7 +5,7 @@ Shapes: N = B * T tokens, E experts, k active ones, d width, f hidden.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ class MoE(Unit):
             width=width, hidden=hidden, experts=experts, activation=activation, dtype=dtype
         )
 
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, Any]:
         return super().spec() | {"experts": self.n_experts}
 
     def flops(self, mean: int) -> int:

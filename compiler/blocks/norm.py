@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class Norm(Unit):
     def dtype(self) -> str:
         return dtype_name(self.weight)
 
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, Any]:
         return super().spec() | {"bias": self.bias is not None}
 
     def expand(self, ops: Ops, x: Value) -> Value:

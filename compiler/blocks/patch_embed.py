@@ -5,7 +5,7 @@ Shapes: pixels [B, C, height, width] -> x [B, 1 + N, D] with N = (height / p) (w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ class PatchEmbed(Unit):
         self.cls = Table(rows=1, width=width, dtype=dtype)
         self.position = Table(rows=1 + (image // patch) ** 2, width=width, dtype=dtype)
 
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, Any]:
         return super().spec() | {"patch": self.patch_size}
 
     def length(self, pixels: Tensor) -> int:

@@ -12,7 +12,7 @@ symmetric. One scale for the whole tensor has shape [1, 1]. Bytes: R ceil(i b / 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,7 @@ class QuantLinear(Packed, Unit):
         self._store(out_features)
         self.register_parameter("bias", empty(out_features, dtype=dtype) if bias else None)
 
-    def spec(self) -> dict[str, object]:
+    def spec(self) -> dict[str, Any]:
         return super().spec() | {"bias": self.bias is not None}
 
     def flops(self, mean: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from pydantic import Field
 from torch import Tensor
@@ -52,7 +52,7 @@ class Sparse(Selects):
         """Where the pattern n:m sets scores [R, i] to zero."""
         return lowest_in_groups(scores, *sides(self.pattern))
 
-    def _clashes(self, targets: dict[str, Sparse]) -> Iterator[Diagnostic]:
+    def _clashes(self, targets: Mapping[str, Sparse]) -> Iterator[Diagnostic]:
         for path, method in targets.items():
             if method.pattern != "unstructured" and method.sparsity != 0.5:
                 yield Diagnostic(
@@ -60,10 +60,11 @@ class Sparse(Selects):
                     f"the pattern {method.pattern} of `{self.kind}` means 50%, not {method.sparsity:.0%}",
                     notes=(f"at {path}",),
                     help="leave `sparsity` out, or use pattern = unstructured",
+                    about="sparsity",
                 )
                 return
 
-    def _unfit(self, model: Model, targets: dict[str, Sparse]) -> Iterator[Diagnostic]:
+    def _unfit(self, model: Model, targets: Mapping[str, Sparse]) -> Iterator[Diagnostic]:
         seen: dict[tuple[str, int], list[str]] = {}
         for path, method in targets.items():
             inputs = inputs_of(model.module(path))
@@ -76,6 +77,7 @@ class Sparse(Selects):
                 "E324",
                 f"the pattern {pattern} needs in_features divisible by {m}; {some(paths)} has {inputs}",
                 help=f"use pattern = {' or '.join([*fits, 'unstructured'])}, or `except` for these modules",
+                about="pattern",
             )
 
 

@@ -57,7 +57,7 @@ class Uniform(Selects):
         targets = self.targets(model)
         return [*self._unfit(model, targets), *not_dense(self.kind, "quantize", model, targets)]
 
-    def _unfit(self, model: Model, targets: dict[str, Uniform]) -> Iterator[Diagnostic]:
+    def _unfit(self, model: Model, targets: Mapping[str, Uniform]) -> Iterator[Diagnostic]:
         """One diagnostic for each pair of group and width that does not divide."""
         seen: dict[tuple[int, int], list[str]] = {}
         for path, method in targets.items():
@@ -70,6 +70,7 @@ class Uniform(Selects):
                 "E321",
                 f"group {group} does not divide in_features {inputs} of {some(paths)}",
                 help=f"use {near} or channel",
+                about="group",
             )
 
 

@@ -53,7 +53,7 @@ class GPTQ(Uniform, Calibrate):
         'quantize.gptq(data = code, bits = 4, group = 16, samples = 8, rules = [{on = "head", bits = 8}])',
     )
 
-    group: Annotated[int, Gt(0)] | Literal["channel"] = Field(
+    group: Annotated[int, Gt(0)] | Literal["channel"] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default="channel", description="inputs that share a scale; `channel`: a whole row"
     )
     bits: Annotated[int, Unit("bits")] = Field(default=4, ge=2, le=8, description="bits of a code")

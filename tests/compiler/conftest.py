@@ -82,7 +82,9 @@ def longrope() -> Model:
 def gemma2() -> Model:
     def layer(i: int) -> dict[str, nn.Module]:
         attention = _attention(kv_heads=2, window=4 if i % 2 == 0 else None, cap=5.0, scale=0.3)
-        norms = {n: Norm(width=D, offset=1.0) for n in ("norm1", "norm1_post", "norm2", "norm2_post")}
+        norms: dict[str, nn.Module] = {
+            n: Norm(width=D, offset=1.0) for n in ("norm1", "norm1_post", "norm2", "norm2_post")
+        }
         return norms | {"attention": attention, "mlp": MLP(width=D, hidden=48, activation="gelu_tanh")}
 
     head = Linear(in_features=D, out_features=V)

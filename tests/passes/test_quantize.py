@@ -152,6 +152,7 @@ def naive(w: Tensor, h: Tensor, bits: int, group: int, symmetric: bool, damp: fl
     h = h.double() + torch.eye(h.shape[0]) * damp * h.double().diagonal().mean()
     u = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     out = torch.empty_like(w)
+    scale = zero = torch.empty(0)
     for j in range(w.shape[1]):
         if j % group == 0:
             scale, zero = fit(w[:, j : j + group].float().unsqueeze(1), bits, symmetric, torch.float16)

@@ -22,7 +22,7 @@ def blank(layers: int = LAYERS, tied: bool = True, experts: int = 0, dtype: str 
 
     def layer() -> dict[str, torch.nn.Module]:
         attention = Attention(width=WIDTH, heads=4, kv_heads=2, head_dim=8, rope=ROPE, dtype=dtype)
-        block = {
+        block: dict[str, torch.nn.Module] = {
             "norm1": Norm(width=WIDTH, dtype=dtype),
             "attention": attention,
             "norm2": Norm(width=WIDTH, dtype=dtype),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from effc.compiler.method import Context, Optimizer
 from effc.compiler.model import Model
@@ -138,9 +140,9 @@ def test_checkpoints_keep_under_their_share_of_the_time(
     monkeypatch.setattr(training_state.time, "monotonic", lambda: clock[0])
 
     class Slow(Memory):
-        def save(self, *args: Any) -> None:
+        def save(self, unit: str, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
             clock[0] += 2.0
-            super().save(*args)
+            super().save(unit, tensors, data)
 
     journal = Slow()
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)

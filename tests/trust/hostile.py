@@ -108,4 +108,4 @@ def refused(*codes: str) -> Iterator[None]:
     assert all(d.title for d in caught.value.diagnostics)
 
 
-Spoil = Callable[[Path], None]
+Spoil = Callable[[Path], object]
