@@ -1,0 +1,76 @@
+"""Pages about methods, made from their files: `python -m effc.runtime.pages docs/methods README.md`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from effc.runtime.catalogue import catalogue
+from effc.specs.catalogue import Entry
+
+BEGIN, END = "<!-- methods, made by `make docs` -->", "<!-- end of methods -->"
+_FIDELITY = {
+    "exact": "same function",
+    "within": "bounded error",
+    "lossy": "error measured",
+    "healed": "train afterwards",
+    "train": "trains",
+}
+
+
+def table() -> str:
+    """Every method with what it does, how far it moves the function, and its source, as a Markdown table."""
+    rows = ["| method | what it does | function | source |", "|---|---|---|---|"]
+    rows += [_row(entry) for entry in _methods()]
+    return "\n".join(rows)
+
+
+def with_table(text: str) -> str:
+    """The text with the table of methods between its two marks made anew.
+
+    Raises:
+        ValueError: when the text lacks the marks.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"the text lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
+def write(folder: Path) -> list[Path]:
+    """One page a method, and an index; returns the files."""
+    from effc import passes
+    from effc.compiler.describe import page
+
+    folder.mkdir(parents=True, exist_ok=True)
+    made = [folder / "README.md"]
+    made[0].write_text(f"# Methods\n\n{table()}\n")
+    for entry in _methods():
+        made.append(folder / f"{entry.kind}.md")
+        made[-1].write_text(page(passes.resolve(entry.kind)))
+    return made
+
+
+def _methods() -> list[Entry]:
+    return sorted((e for e in catalogue().entries if e.role == "method"), key=lambda e: e.kind)
+
+
+def _row(entry: Entry) -> str:
+    word = str(entry.contract or "").split()[0].strip("(),").lower()
+    cells = [f"`{entry.kind}`", entry.summary, _FIDELITY.get(word, word), str(entry.paper or "folklore")]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def main(arguments: list[str]) -> int:
+    folder, *texts = arguments
+    made = write(Path(folder))
+    for name in texts:
+        path = Path(name)
+        path.write_text(with_table(path.read_text()))
+    print(f"{len(made)} pages in {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
