@@ -29,7 +29,7 @@ demo: $(VENV)/.installed  ## install, compile the quickstart recipe, print the w
 	$(BIN)/effc run out/small.effc --prompt "def fibonacci(n):" --max-new-tokens 48
 
 test: $(VENV)/.installed  ## install, run the tests
-	$(BIN)/pytest -W error -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -W error -n 2
 
 check: $(VENV)/.dev  ## format, lint, types, import floors, tests
 	$(BIN)/ruff format --check .
@@ -37,7 +37,7 @@ check: $(VENV)/.dev  ## format, lint, types, import floors, tests
 	$(BIN)/mypy
 	$(BIN)/pyright
 	PYTHONPATH=src $(BIN)/lint-imports
-	$(BIN)/pytest -W error -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -W error -n 2
 
 fmt: $(VENV)/.dev  ## format and sort imports
 	$(BIN)/ruff format .
