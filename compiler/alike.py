@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from effc.specs.diagnostic import Diagnostic
@@ -23,7 +24,7 @@ def unlike(kind: str, models: Sequence[Model], template: str = "same") -> list[D
     first, *others = models
     found: list[Diagnostic] = []
     for number, other in enumerate(others, start=2):
-        which = f"model {number} of {len(models)}"
+        which, about = f"model {number} of {len(models)}", f"models[{number - 1}]"
         if other.architecture != first.architecture:
             found.append(
                 Diagnostic(
@@ -31,11 +32,12 @@ def unlike(kind: str, models: Sequence[Model], template: str = "same") -> list[D
                     f"`{kind}` cannot mix models of different architectures",
                     notes=(f"the first is {first.architecture}, {which} is {other.architecture}",),
                     help="mix models that were fine-tuned from one checkpoint",
+                    about=about,
                 )
             )
             continue
-        found += _tensors(kind, first, other, which)
-        found += _texts(kind, first, other, which, template)
+        problems = [*_tensors(kind, first, other, which), *_texts(kind, first, other, which, template)]
+        found += [replace(problem, about=about) for problem in problems]
     packed = [str(number) for number, model in enumerate(models, start=1) if _packed(model)]
     if packed:
         found.append(

@@ -14,24 +14,18 @@ from typing import Any, Protocol
 
 from effc.compiler.contract import Contract
 from effc.compiler.cost import Cost, count
+from effc.compiler.effort import peak_of, seconds_of
 from effc.compiler.fit import remedy
-from effc.compiler.method import Method, Work
+from effc.compiler.method import Method
 from effc.compiler.model import Model
 from effc.compiler.placed import placed
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selected import selector_report
-from effc.compiler.shapes import Calibrate, Merge, Train
 from effc.compiler.stand_in import selector_problems, stands_in
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.recipe import Binding, Export, Recipe
 from effc.specs.target import Target
 from effc.specs.units import fmt_bytes
-
-STREAMED = 4096
-"""Tokens that a calibration runs through a layer at once."""
-
-BACKWARD = 180_000_000
-"""Bytes that a backward pass needs beside tensors: buffers and generated code of the libraries, measured."""
 
 ATTENDED = 512
 """Keys that a token attends to on average in `flops_per_token`: the mean of a 1024-token prefill."""
@@ -239,34 +233,6 @@ def _costed(
     )
 
 
-def peak_of(method: Method, model: Model, work: Work, target: Target) -> int:
-    """Resident bytes of the process: itself, the models its shape holds at once, and the stage's own work.
-
-    A stage that calibrates holds two layers and the activations of one batch; a merge holds blocks alone.
-    """
-    held = sum(t.numel() * t.element_size() for t in model.tensors().values())
-    match method:
-        case Merge():
-            held = 0
-        case Calibrate():
-            width = int(model.config.get("hidden_size", 0))
-            inner = int(model.config.get("intermediate_size", 4 * width))
-            held = 2 * held // max(1, model.layers) + 4 * STREAMED * (6 * width + 4 * inner)
-        case Train():
-            held += BACKWARD
-    return target.base_bytes + held + work.memory
-
-
-def seconds_of(method: Method, model: Model, work: Work, target: Target) -> float:
-    """Estimated time of the stage's own work."""
-    training = isinstance(method, Train)
-    stored = next((str(t.dtype)[6:] for t in model.tensors().values() if t.is_floating_point()), "float32")
-    precision = {"fp32": "float32", "bf16": "bfloat16"}.get(getattr(method, "precision", "auto"))
-    dtype = (precision or target.training_dtype) if training else stored
-    rate = target.rate(dtype, int(model.config.get("hidden_size", 0)), training)
-    return work.flops / rate + work.solve / target.solve + work.disk / target.disk_read
-
-
 def promise(contract: Contract) -> dict[str, Any]:
     """A contract as JSON; `error` and `held` are filled by a run."""
     return {
@@ -298,7 +264,7 @@ def _too_large(
         advice = f"no setting of `{stage.method}` makes it fit; take a machine with {needed} of memory"
     else:
         advice = f"write `{setting.written}`; then it needs {fmt_bytes(setting.peak)}"
-    about = setting.argument if setting else ""
+    about = setting.written.partition(" ")[0] if setting else ""
     title = f"`{binding.name}` does not fit into memory"
     return placed(Diagnostic("E351", title, (), notes, advice, about=about), binding.call)
 

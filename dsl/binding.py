@@ -26,7 +26,8 @@ def read_binding(bind: tree.Bind, values: Values) -> Binding | None:
         return None
     models, rest = _models(node, entry, values) if entry.role == "method" else ((), node.values)
     call = values.call(node, entry, rest)
-    call = Call(call.kind, call.arguments, models, call.span, call.spans)
+    spans = {**call.spans, **_places(node)}
+    call = Call(call.kind, call.arguments, models, call.span, spans)
     return Binding(
         values.scope.prefix + bind.name.text, bind.keyword, kind_of(bind, values.catalogue), call, bind.span
     )
@@ -180,6 +181,12 @@ def _models(node: tree.Call, entry: Entry, values: Values) -> tuple[tuple[Ref, .
         wanted = f"{least}" if most == least else f"{least} to {most}" if most else f"at least {least}"
         values.report("E214", f"{place} takes {wanted} models", span, f"not {len(items)}")
     return tuple(found), rest
+
+
+def _places(node: tree.Call) -> dict[str, Span]:
+    """Where the models stand that a method is given."""
+    listed = node.values[0].items if node.values and isinstance(node.values[0], tree.List) else node.values
+    return {f"models[{i}]": value.span for i, value in enumerate(listed)}
 
 
 def _one_model(node: tree.Value, place: str, values: Values) -> list[Ref]:

@@ -55,6 +55,7 @@ class Values(Names):
                 )
             else:
                 spans[key] = item.span
+                spans |= _inside(key, item.value)
                 fits, value = self.argument(item.value, place_of(parameter, entry))
                 if fits:
                     given[key] = value
@@ -283,3 +284,15 @@ class Values(Names):
         if len(self.problems) > before:
             raise Unfit
         return call
+
+
+def _inside(key: str, value: tree.Value) -> dict[str, Span]:
+    """Places within an argument: items of a list as "key[0]", entries of its tables as "key[0].on"."""
+    match value:
+        case tree.Text():  # one string stands for a list of one
+            return {f"{key}[0]": value.span}
+        case tree.List():
+            found = {f"{key}[{i}]": item.span for i, item in enumerate(value.items)}
+            tables = [(i, item) for i, item in enumerate(value.items) if isinstance(item, tree.Table)]
+            return found | {f"{key}[{i}].{e.key.text}": e.value.span for i, t in tables for e in t.entries}
+    return {}

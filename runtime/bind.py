@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from effc import passes
 from effc.compiler.method import Method, Part, Slot
+from effc.compiler.placed import written
 from effc.compiler.plan import Staged
 from effc.specs.base import Spec
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
@@ -102,7 +103,8 @@ def _value(value: Value) -> Any:
 
 def _refused(call: Call, problem: Mapping[str, Any]) -> Diagnostic:
     key = str(problem["loc"][0]) if problem["loc"] else ""
-    span = call.spans.get(key, call.span)
+    path = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in problem["loc"]).lstrip(".")
+    span = written(call, path)
     title = f"`{key}` of `{call.kind}` cannot be this" if key else f"`{call.kind}` cannot take this"
     words = str(problem["msg"]).removeprefix("Value error, ")
     return Diagnostic("E202", title, (Label(span, words),) if span else (), () if span else (words,))

@@ -13,10 +13,11 @@ import torch
 
 from effc.compiler.importer import import_folder
 from effc.compiler.model import Model
+from effc.compiler.placed import placed
 from effc.runtime.artifact import is_artifact, read
 from effc.runtime.bind import spec_of
 from effc.runtime.models._source import ModelSource
-from effc.specs.diagnostic import Diagnostic, EffcError, Label
+from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.recipe import Call
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -35,10 +36,8 @@ def open_model(call: Call, models: Mapping[str, Model], tiny: bool = False) -> M
     try:
         return source.open(models, tiny)
     except EffcError as error:
-        if call.span is None:
-            raise
-        here = (Label(call.span),)
-        raise EffcError(*(d if d.labels else replace(d, labels=here) for d in error.diagnostics)) from error
+        found = (replace(d, about=d.about or "path") for d in error.diagnostics)
+        raise EffcError(*(placed(d, call) for d in found)) from error
 
 
 def load(where: str | Path, dtype: str | None = None, revision: str | None = None) -> Model:

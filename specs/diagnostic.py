@@ -34,6 +34,8 @@ class Diagnostic:
     notes: Sequence[str] = ()
     help: str | None = None
     severity: Literal["error", "warning"] = "error"
+    about: str = ""
+    """The argument that is to blame, for those who know models but no text: "group", "rules[1].on"."""
 
     def render(self) -> str:
         """Header, excerpts with carets, notes, help. Safe to print whatever the source holds."""

@@ -40,7 +40,7 @@ class Call:
     models: tuple[Ref, ...] = ()
     span: Span | None = field(default=None, compare=False, repr=False)
     spans: Mapping[str, Span] = field(default_factory=dict, compare=False, repr=False)
-    """Where each argument was written, name and value."""
+    """Where each argument was written, name and value; also "select[0]", "rules[1].on" and "models[0]"."""
 
 
 Value = None | bool | int | float | str | tuple["Value", ...] | Mapping[str, "Value"] | Ref | Call

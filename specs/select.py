@@ -11,9 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from effc.specs.diagnostic import Diagnostic, EffcError, Label
+from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.selector import Name, Selector, SelectorError
-from effc.specs.source import Span
 
 __all__ = ["Name", "Rule", "Selector", "SelectorError", "Table", "resolve", "table_lines"]
 
@@ -46,20 +45,22 @@ def resolve(
     except_: Sequence[str],
     rules: Sequence[Rule],
     names: Sequence[Name],
-    spans: Mapping[str, Span] | None = None,
 ) -> dict[str, Mapping[str, Any] | None]:
     """What happens to every module of `names`, in their order.
 
-    `spans` says where the arguments `select`, `except` and `rules` were written.
+    Problems say which selector they are about: "select[0]", "rules[1].on".
 
     Raises:
         EffcError: E226 a selector does not parse, E231 it matches nothing, E232 later rules shadow a rule.
     """
-    where = spans or {}
     problems: list[Diagnostic] = []
     matched = {
-        key: [_matches(text, key, names, where, problems) for text in texts]
-        for key, texts in (("select", select), ("except", except_), ("rules", [rule.on for rule in rules]))
+        key: [_matches(text, about.format(i), names, problems) for i, text in enumerate(texts)]
+        for key, about, texts in (
+            ("select", "select[{}]", select),
+            ("except", "except[{}]", except_),
+            ("rules", "rules[{}].on", [rule.on for rule in rules]),
+        )
     }
     table: dict[str, Mapping[str, Any] | None] = dict.fromkeys((name.path for name in names), None)
     table.update({path: {} for paths in matched["select"] for path in paths})
@@ -71,7 +72,8 @@ def resolve(
             winner[path] = place
     for place, (rule, paths) in enumerate(zip(rules, matched["rules"], strict=True)):
         if paths and place not in {winner[path] for path in paths}:
-            problems.append(_shadowed(rule, rules[max(winner[path] for path in paths)], len(paths), where))
+            by = rules[max(winner[path] for path in paths)]
+            problems.append(_shadowed(rule, by, len(paths), f"rules[{place}].on"))
     if problems:
         raise EffcError(*problems)
     return table
@@ -93,14 +95,11 @@ def table_lines(table: Table, names: Sequence[Name]) -> list[str]:
     return [f"{where:<{width}}  {said}" for where, said in rows]
 
 
-def _matches(
-    text: str, key: str, names: Sequence[Name], where: Mapping[str, Span], problems: list[Diagnostic]
-) -> list[str]:
-    labels = [Label(where[key])] if key in where else []
+def _matches(text: str, about: str, names: Sequence[Name], problems: list[Diagnostic]) -> list[str]:
     try:
         selector = Selector.parse(text)
     except SelectorError as problem:
-        problems.append(Diagnostic("E226", f"the selector `{text}` {problem}", labels))
+        problems.append(Diagnostic("E226", f"the selector `{text}` {problem}", about=about))
         return []
     paths = selector.match(names)
     if not paths:
@@ -111,24 +110,26 @@ def _matches(
             Diagnostic(
                 "E231",
                 f"the selector `{text}` matches no module",
-                labels,
+                (),
                 [f"the model has layers[0..{layers - 1}]" if layers else "the model has no layers"],
                 "did you mean " + " or ".join(f"`{n}`" for n in near) + "?"
                 if near
                 else f"there are: {roles}",
+                about=about,
             )
         )
     return paths
 
 
-def _shadowed(rule: Rule, by: Rule, count: int, where: Mapping[str, Span]) -> Diagnostic:
+def _shadowed(rule: Rule, by: Rule, count: int, about: str) -> Diagnostic:
     return Diagnostic(
         "E232",
         f"the rule on `{rule.on}` never applies",
-        [Label(where["rules"])] if "rules" in where else [],
+        (),
         [f"the last rule that matches a module wins, and later ones, such as that on `{by.on}`, "
          f"match all {count} of its modules"],
         f"put it after the rule on `{by.on}`, or take it out",
+        about=about,
     )  # fmt: skip
 
 

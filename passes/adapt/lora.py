@@ -111,6 +111,7 @@ class Lora(Selects, Train):
                 + (f" and {len(paths) - 1} more" if paths[1:] else ""),
                 notes=(f"it {problem}",),
                 help=notes[problem][1],
+                about="rank" if "rank" in problem else "",
             )
             for problem, paths in found.items()
         ]

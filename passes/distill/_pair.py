@@ -24,6 +24,7 @@ def unlike_vocabularies(kind: str, student: Model, teacher: Model) -> list[Diagn
             f"`{kind}` needs student and teacher with one vocabulary",
             notes=tuple(notes),
             help="take as teacher the model that the student was made from",
+            about="teacher",
         )
     ]
 

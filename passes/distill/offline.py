@@ -70,7 +70,9 @@ class Offline(Train):
             width = int(getattr(teacher.module("head"), "out_features", self.k))
             if self.k > width:
                 title = f"`k` of `{self.kind}` is larger than the vocabulary"
-                found.append(Diagnostic("E202", title, notes=(f"k = {self.k}, vocabulary {width}",)))
+                found.append(
+                    Diagnostic("E202", title, notes=(f"k = {self.k}, vocabulary {width}",), about="k")
+                )
         return found
 
     def teach(

@@ -24,6 +24,7 @@ def wrong_weights(
                 "E452",
                 f"`weight` of `{kind}` has {len(weight)} values for {models} models",
                 help="write one weight a model, in their order, or leave `weight` out: all count alike",
+                about="weight",
             )
         ]
     if normalize and weight and abs(sum(weight)) < 1e-8:
@@ -32,6 +33,7 @@ def wrong_weights(
                 "E452",
                 f"the weights of `{kind}` sum to {sum(weight):g}, so they cannot be normalized",
                 help="use weights with another sum, or write normalize = false",
+                about="weight",
             )
         ]
     return []

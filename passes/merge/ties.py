@@ -71,6 +71,7 @@ class Ties(Merge):
                     f"`weight` of `{self.kind}` holds {min(self.weight):g}",
                     notes=("changes vote with their weight, so each must be above 0",),
                     help="leave the model out, or unlearn it with merge.task_arithmetic(lambda = -1)",
+                    about="weight",
                 )
             )
         return [*super().refuses(model, others), *wrong]

@@ -67,6 +67,7 @@ class Depth(Observe):
                 "E331",
                 f"`keep` of `{self.kind}` leaves {self.kept(layers)} of {layers} layers",
                 help=f"keep between 1 and {layers - 1} layers, e.g. keep = {max(1, layers * 3 // 4)}",
+                about="keep",
             )
         ]
 

@@ -57,6 +57,7 @@ class Magnitude(Sparse, Rewrite):
                     f"`scope = global` of `{self.kind}` has no meaning for a pattern n:m",
                     notes=("in a pattern n:m weights compete within their group only",),
                     help="leave `scope` out, or use pattern = unstructured",
+                    about="scope",
                 )
             )
         if self.scope == "global" and len({t.sparsity for t in targets.values()}) > 1:
@@ -65,6 +66,7 @@ class Magnitude(Sparse, Rewrite):
                     "E325",
                     f"`scope = global` of `{self.kind}` takes one sparsity, and a rule sets another",
                     help="use scope = layer, or leave `sparsity` out of the rules",
+                    about="scope",
                 )
             )
         return found

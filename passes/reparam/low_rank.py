@@ -104,6 +104,7 @@ class LowRank(Selects, Calibrate):
                 f"rank {rank} saves nothing at {some(paths)} [{rows}, {inputs}]",
                 notes=(f"the two factors would hold {size}",),
                 help=f"use a rank of at most {even}, or {int(100 * even / min(rows, inputs))}%",
+                about="rank",
             )
 
     def _shared(self, model: Model, targets: Mapping[str, LowRank]) -> Iterator[Diagnostic]:

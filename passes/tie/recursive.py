@@ -102,6 +102,7 @@ class Recursive(Rewrite):
                     "E331",
                     f"{inner} {which} do not divide into {self.loops} loops",
                     help=f"use loops in {{{', '.join(map(str, fits))}}}",
+                    about="loops",
                 )
             ]
         return [*self._unlike(model), *self._shared(model), *self._wrong_ranks(model)]
@@ -152,7 +153,7 @@ class Recursive(Rewrite):
         if self.lora_rank <= shortest[0]:
             return []
         title = f"`lora_rank` {self.lora_rank} is above the shorter side of {shortest[1]}"
-        return [Diagnostic("E340", title, help=f"use a rank of at most {shortest[0]}")]
+        return [Diagnostic("E340", title, help=f"use a rank of at most {shortest[0]}", about="lora_rank")]
 
     def rewrite(self, rw: Rewriter) -> Mapping[str, float]:
         layers = rw.model.layers

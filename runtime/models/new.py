@@ -67,7 +67,11 @@ class New(ModelSource):
         found = tokenizer_files(Path(self.tokenizer)) if Path(self.tokenizer).is_dir() else None
         if found is None:
             note = f"looked for tokenizer.json in `{self.tokenizer}`"
-            raise EffcError(Diagnostic("E625", "there is no tokenizer for the new model", notes=(note,)))
+            raise EffcError(
+                Diagnostic(
+                    "E625", "there is no tokenizer for the new model", notes=(note,), about="tokenizer"
+                )
+            )
         vocabulary = Vocabulary.of(found.files)
         family = architecture(self.architecture)
         model = build(family, self._config(vocabulary, family.classes[0]), _DTYPES[self.dtype])
