@@ -6,6 +6,8 @@ order     pre, post or parallel (compiler/assemble.py)
 blocks    embedding, layer.*, norm, head, tail: block type and arguments; `=word` is a value of `config`
 tensors   canonical module -> module on disk, with {i} for the layer and {e} for the expert
 fused     tensors on disk that hold several canonical ones
+beside    tensors of poolers and task heads: not computed with, carried through to an export
+ignore    buffers on disk that are computed anew
 """
 
 from __future__ import annotations
@@ -69,6 +71,11 @@ class Architecture:
     fused: tuple[Fused, ...]
     prefix: str
     ignore: tuple[str, ...]
+    beside: tuple[str, ...] = ()
+    shaped: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """Canonical module -> the shape its weight has on disk (numbers, `=word`, -1 for the rest)."""
+    bare: frozenset[str] = frozenset()
+    """Canonical modules whose tensor on disk has the module's name alone, without `.weight`."""
     writes: Mapping[str, str] = field(default_factory=dict)
     """Our word -> configuration key, for what a stage may change (layers, hidden, ...)."""
 
@@ -94,6 +101,8 @@ def architecture(name: str) -> Architecture:
     tensors: dict[str, str] = {}
     transposed: set[str] = set()
     stacked: dict[str, str] = {}
+    shaped: dict[str, Sequence[Any]] = {}
+    bare: set[str] = set()
     for canonical, source in data["tensors"].items():
         if isinstance(source, str):
             tensors[canonical] = source
@@ -101,7 +110,12 @@ def architecture(name: str) -> Architecture:
             stacked[canonical] = source["stack"]
         else:
             tensors[canonical] = source["from"]
-            transposed.add(canonical)
+            if source.get("transpose"):
+                transposed.add(canonical)
+            if source.get("bare"):
+                bare.add(canonical)
+            if "shape" in source:
+                shaped[canonical] = source["shape"]
     fused = tuple(
         Fused(f["name"], tuple(f["parts"]), f.get("transpose", False), f.get("per_head", False))
         for f in data.get("fused", ())
@@ -120,6 +134,9 @@ def architecture(name: str) -> Architecture:
         fused=fused,
         prefix=data.get("prefix", ""),
         ignore=tuple(data.get("ignore", ())),
+        beside=tuple(data.get("beside", ())),
+        shaped=shaped,
+        bare=frozenset(bare),
         writes={word: _key(how) for word, how in data["config"].items() if _key(how)},
     )
 

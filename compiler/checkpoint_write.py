@@ -115,6 +115,13 @@ def check_free(folder: Path, needed: int) -> None:
         refuse("E419", folder, f"{needed} bytes are due, and the disk has {free} free", "free some disk")
 
 
+def write_file(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write tensors to one file, one in memory at a time."""
+    with SafetensorsWriter(path, {name: (t.shape, t.dtype) for name, t in tensors.items()}) as file:
+        for name, tensor in tensors.items():
+            file.put(name, tensor.read())
+
+
 def write_folder(folder: Path, tensors: Mapping[str, LazyTensor], limit: int = SHARD) -> list[str]:
     """Write tensors, one in memory at a time, as model.safetensors, or as shards and an index beyond `limit`.
 
@@ -125,9 +132,7 @@ def write_folder(folder: Path, tensors: Mapping[str, LazyTensor], limit: int = S
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = ["model.safetensors"] if count == 1 else names
     for name, part in zip(names, parts, strict=True):
-        with SafetensorsWriter(folder / name, part) as file:
-            for tensor in part:
-                file.put(tensor, tensors[tensor].read())
+        write_file(folder / name, {tensor: tensors[tensor] for tensor in part})
     if count == 1:
         return names
     table = {tensor: name for name, part in zip(names, parts, strict=True) for tensor in part}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from effc.compiler.architecture import Architecture, architecture, read_config
 from effc.compiler.blocks import MLP, Attention, Embedding, LoraLinear, MoE, Unit
-from effc.compiler.importer import Place, build, fused_groups, places
+from effc.compiler.importer import build
 from effc.compiler.model import Model
+from effc.compiler.places import Place, fused_groups, places
 from effc.compiler.weights import LazyTensor
 from effc.specs.diagnostic import EffcError
 
@@ -53,10 +54,23 @@ def emitted(model: Model) -> dict[str, Any]:
             config["layer_types"] = ["sliding_attention" if w else "full_attention" for w in windows]
     dtype = str(main_dtype(model)).removeprefix("torch.")
     config["torch_dtype" if "torch_dtype" in config and "dtype" not in config else "dtype"] = dtype
-    config["architectures"] = [_written(family, config)]
+    config["architectures"] = [_written(family, config, bool(model.beside) and not left_behind(model))]
     for key in ("auto_map", "quantization_config", "_name_or_path"):
         config.pop(key, None)
     return config
+
+
+def left_behind(model: Model) -> list[str]:
+    """Poolers and task heads of the source that no longer fit the model; empty when all can be written.
+
+    They fit as long as the hidden states and the vocabulary have their sizes.
+    """
+    if not model.beside:
+        return []
+    values = read_config(architecture(model.architecture), model.config)
+    embedding = model.module("embedding")
+    sizes = {word: getattr(embedding, word, None) for word in ("width", "vocab") if word in values}
+    return sorted(model.beside) if any(values[word] != size for word, size in sizes.items()) else []
 
 
 def inexpressible(model: Model, dense: bool = False) -> list[str]:
@@ -92,7 +106,8 @@ def inexpressible(model: Model, dense: bool = False) -> list[str]:
 def stored_tensors(model: Model) -> dict[str, LazyTensor]:
     """Names on disk -> tensors, made one at a time from the canonical ones when they are read.
 
-    Packed and factored weights are given dense; tensors that layers share are written for each of them.
+    Packed and factored weights are given dense; tensors that layers share are written for each of them. The
+    source's poolers and task heads follow as they were.
     The model must be expressible; its tensors are read as they are needed.
     """
     twin = build(architecture(model.architecture), emitted(model), main_dtype(model))
@@ -108,9 +123,9 @@ def stored_tensors(model: Model) -> dict[str, LazyTensor]:
                 found[name.replace("{e}", str(e))] = LazyTensor(shape, dtype, _expert(model, parts[0], e))
             continue
         shape = (sum(shapes[p][0] for p in parts), *shapes[parts[0]][1:])
-        shape = shape[::-1] if place.transpose else shape
+        shape = place.shape or (shape[::-1] if place.transpose else shape)
         found[name] = LazyTensor(shape, dtype, _joined(model, parts, place))
-    return found
+    return found if left_behind(model) else {**found, **model.beside}
 
 
 def main_dtype(model: Model) -> torch.dtype:
@@ -142,14 +157,17 @@ def _each(model: Model, kind: type[Any]) -> list[Any]:
     return [block for block in called if isinstance(block, kind)]
 
 
-def _written(family: Architecture, config: Mapping[str, Any]) -> str:
-    """The class that transformers makes: the source's own where the weights written are all it has."""
+def _written(family: Architecture, config: Mapping[str, Any], whole: bool) -> str:
+    """The class that transformers makes: the source's own where the weights written are all it has.
+
+    `whole`: the source's task head is written too.
+    """
     named = config.get("architectures")
     headless = {c for c in family.classes if c.endswith("Model") and not c.endswith("LMHeadModel")}
     if isinstance(named, list) and named and named[0] in family.classes:
         if not family.encoder and named[0] in headless:
             return family.classes[0]
-        return family.classes[0] if family.encoder else str(named[0])
+        return family.classes[0] if family.encoder and not whole else str(named[0])
     return family.classes[0]
 
 
@@ -229,7 +247,8 @@ def _joined(model: Model, parts: list[str], place: Place) -> Callable[[], Tensor
             whole = torch.stack(heads, 1).flatten(0, 2)
         elif len(tensors) > 1:
             whole = torch.cat(tensors)
-        return (whole.t() if place.transpose else whole).contiguous()
+        whole = (whole.t() if place.transpose else whole).contiguous()
+        return whole.view(place.shape) if place.shape else whole
 
     return read
 

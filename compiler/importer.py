@@ -6,8 +6,7 @@ configuration calls for and what the files hold is reported at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from effc.compiler.assemble import Order, assemble
 from effc.compiler.blocks import Unit
 from effc.compiler.checkpoint import TensorRef, read_folder, read_json, refuse, within
 from effc.compiler.model import Model, TokenizerFiles
-from effc.compiler.roles import layer_of
+from effc.compiler.places import Place, place_of, places, stored_shape
 from effc.compiler.sharing import tie
 from effc.compiler.weights import LazyTensor
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -37,25 +36,13 @@ TOKENIZER_FILES = (
     "merges.txt",
     "vocab.txt",
     "tokenizer.model",
+    "preprocessor_config.json",
 )
 """What travels with a model, as it is."""
 MAX_CONFIG = 10_000_000
 MAX_TOKENIZER = 200_000_000
 MAX_LAYERS = 10_000
 _SHOWN = 6
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a canonical tensor lies on disk: a name, and how it sits there."""
-
-    name: str
-    transpose: bool = False
-    part: int = 0
-    parts: tuple[str, ...] = ()
-    head_dim: int = 0
-    """Where above 0: the parts alternate head by head, this many rows each."""
-    experts: int = 0
 
 
 def import_folder(folder: Path, dtype: torch.dtype | None = None, root: Path | None = None) -> Model:
@@ -74,7 +61,7 @@ def import_folder(folder: Path, dtype: torch.dtype | None = None, root: Path | N
     stored = next((r.dtype for r in refs.values() if r.dtype.is_floating_point), torch.float32)
     model = build(family, config, dtype or stored)
     model.tokenizer = tokenizer_files(folder, root)
-    model.weights = _weights(model, family, refs)
+    model.weights, model.beside = _weights(model, family, refs)
     return model
 
 
@@ -153,40 +140,10 @@ def _tie_head(gm: fx.GraphModule, tied: bool) -> None:
         tie(gm, "head.weight", "embedding.weight")
 
 
-def places(family: Architecture, model: Model) -> dict[str, Place]:
-    """Canonical tensor name -> where it lies on disk, for a model without units that a stage made."""
-    fused = {part: (f, n) for f in family.fused for n, part in enumerate(f.parts)}
-    found: dict[str, Place] = {}
-    for name, tensor in model.tensors().items():
-        module, _, leaf = name.rpartition(".")
-        layer = layer_of(module)
-        pattern = module if layer is None else module.replace(f"layers.{layer}.", "layers.{i}.", 1)
-
-        def named(text: str, layer: int | None = layer, leaf: str = leaf) -> str:
-            return f"{text.replace('{i}', str(layer))}.{leaf}"
-
-        if pattern in fused:
-            group, index = fused[pattern]
-            parts = tuple(named(p) for p in group.parts)
-            turned = group.transpose and tensor.dim() == 2
-            width = _head_dim(model, module) if group.per_head else 0
-            found[name] = Place(named(group.name), turned, index, parts, width)
-        elif pattern in family.stacked:
-            found[name] = Place(named(family.stacked[pattern]), experts=tensor.shape[0])
-        elif pattern in family.tensors:
-            turned = pattern in family.transposed and tensor.dim() == 2
-            found[name] = Place(named(family.tensors[pattern]), turned)
-        else:
-            raise KeyError(f"{family.name}.yaml has no place for {pattern}")
-    return found
-
-
-def _head_dim(model: Model, module: str) -> int:
-    attention = model.module(module.rpartition(".")[0])
-    return int(attention.head_dim)  # type: ignore[arg-type]
-
-
-def _weights(model: Model, family: Architecture, refs: Mapping[str, TensorRef]) -> dict[str, LazyTensor]:
+def _weights(
+    model: Model, family: Architecture, refs: Mapping[str, TensorRef]
+) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """Canonical name -> weights, and name on disk -> what the family carries beside them."""
     tensors, ties = model.tensors(), set(model.ties())
     prefix = family.prefix
     bare = prefix and not any(name.startswith(prefix) for name in refs)
@@ -202,18 +159,15 @@ def _weights(model: Model, family: Architecture, refs: Mapping[str, TensorRef]) 
         if lost:
             missing += lost
             continue
-        due = _stored_shape(place, name, tensors)
+        due = stored_shape(place, name, tensors)
         off = [w for w in wanted if source[w].shape != due]
         if off:
             wrong.append(f"{off[0]} is {list(source[off[0]].shape)}, not {list(due)}")
             continue
         found[name] = _lazy(name, place, tensors, [source[w] for w in wanted])
     tied = {place_of(family, alias) for alias in ties}
-    extra = [
-        n
-        for n in source
-        if n not in used and n not in tied and not any(fnmatchcase(n, p) for p in family.ignore)
-    ]
+    left = [n for n in source if n not in used and n not in tied and not _among(n, family.ignore)]
+    extra = [n for n in left if not _among(n, family.beside)]
     problems = [
         Diagnostic(
             "E433",
@@ -230,7 +184,11 @@ def _weights(model: Model, family: Architecture, refs: Mapping[str, TensorRef]) 
     ]
     if problems:
         raise EffcError(*problems)
-    return found
+    return found, {n: source[n].lazy() for n in left}
+
+
+def _among(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _outside(family: Architecture, name: str) -> bool:
@@ -239,24 +197,9 @@ def _outside(family: Architecture, name: str) -> bool:
     return any(module == t for t in family.tensors.values() if not t.startswith(family.prefix))
 
 
-def place_of(family: Architecture, name: str) -> str:
-    """The name on disk of a tensor outside the layers."""
-    module, _, leaf = name.rpartition(".")
-    return f"{family.tensors.get(module, module)}.{leaf}"
-
-
-def _stored_shape(place: Place, name: str, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    shape = tuple(tensors[name].shape)
-    if place.experts:
-        return shape[1:]
-    if place.parts:
-        shape = (sum(tensors[p].shape[0] for p in place.parts), *shape[1:])
-    return shape[::-1] if place.transpose else shape
-
-
 def _lazy(name: str, place: Place, tensors: Mapping[str, Tensor], refs: list[TensorRef]) -> LazyTensor:
     shape, dtype = tuple(tensors[name].shape), tensors[name].dtype
-    plain = not (place.parts or place.transpose or place.experts) and refs[0].dtype == dtype
+    plain = not (place.parts or place.transpose or place.experts or place.shape) and refs[0].dtype == dtype
     if plain:
         return refs[0].lazy()
     return LazyTensor(shape, dtype, lambda: _rows(name, place, tensors, refs).to(dtype))
@@ -266,6 +209,8 @@ def _rows(name: str, place: Place, tensors: Mapping[str, Tensor], refs: list[Ten
     """Read a tensor that is transposed, stacked or fused on disk into its canonical form."""
     if place.experts:
         return torch.stack([ref.read() for ref in refs])
+    if place.shape:
+        return refs[0].read().view(tensors[name].shape)
     if not place.parts:
         return refs[0].read().t().contiguous() if place.transpose else refs[0].read()
     if place.head_dim:
@@ -277,12 +222,3 @@ def _rows(name: str, place: Place, tensors: Mapping[str, Tensor], refs: list[Ten
     if place.transpose:
         return refs[0].read()[:, start:stop].t().contiguous()
     return refs[0].read((start, stop))
-
-
-def fused_groups(found: Mapping[str, Place]) -> Iterator[tuple[str, list[str]]]:
-    """Names on disk with the canonical tensors that make them up, in order."""
-    groups: dict[str, list[str]] = {}
-    for name, place in found.items():
-        groups.setdefault(place.name, []).append(name)
-    for stored, parts in groups.items():
-        yield stored, sorted(parts, key=lambda n: found[n].part)

@@ -35,7 +35,9 @@ class Model(nn.Module):
     """A model between two stages. Its module paths and tensor names are canonical (see `roles`).
 
     `roles` is the truth about what a module is for; node.meta["origin"] says which stage made a node.
-    Parameters may be on the meta device: `materialize` reads them from `weights`.
+    Parameters may be on the meta device: `materialize` reads them from `weights`. `beside` holds poolers and
+    task heads of the source by their names on disk: nothing here computes with them or counts them, and an
+    export in the source's layout writes them again.
     """
 
     generation: ClassVar[Callable[..., Tensor] | None] = None
@@ -51,6 +53,7 @@ class Model(nn.Module):
         tokenizer: TokenizerFiles | None = None,
         weights: WeightSource | None = None,
         facts: Mapping[str, Any] | None = None,
+        beside: WeightSource | None = None,
     ) -> None:
         super().__init__()
         self.gm = gm
@@ -60,6 +63,7 @@ class Model(nn.Module):
         self.tokenizer = tokenizer
         self.weights: WeightSource = dict(weights or {})
         self.facts: dict[str, Any] = dict(facts or {})
+        self.beside: WeightSource = dict(beside or {})
         self.eval()
 
     # -- structure
@@ -151,6 +155,7 @@ class Model(nn.Module):
             tokenizer=self.tokenizer,
             weights=self.weights,
             facts=self.facts,
+            beside=self.beside,
         )
 
     # -- running

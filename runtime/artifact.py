@@ -3,6 +3,7 @@
     manifest.json            every other file with its size and BLAKE3
     model.json               graph, roles, ties, architecture, config, facts (compiler/graph_json.py)
     model.safetensors        the weights, packed as they are; several files with an index where they are large
+    beside.safetensors       poolers and task heads of the source, where it had some
     recipe.effc, lock.json, edits.json, report.json, report.html    where they were given
     tokenizer.json, ...      tokenizer, generation settings, chat template
     kernels/                 generated kernels for reading; the runtime emits its own and never runs these
@@ -20,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from effc.compiler.checkpoint import parse_json, read_folder, within
-from effc.compiler.checkpoint_write import write_folder
+from effc.compiler.checkpoint import parse_json, read_folder, read_header, within
+from effc.compiler.checkpoint_write import write_file, write_folder
 from effc.compiler.graph_json import from_json, to_json
 from effc.compiler.importer import TOKENIZER_FILES
 from effc.compiler.model import Model, TokenizerFiles
@@ -32,6 +33,7 @@ from effc.specs.diagnostic import Diagnostic, EffcError
 FORMAT = 1
 MANIFEST = "manifest.json"
 STRUCTURE = "model.json"
+BESIDE = "beside.safetensors"
 MAX_JSON = 16 << 20
 MAX_MANIFEST = 4 << 20
 MAX_TOKENIZER = 128 << 20
@@ -81,6 +83,8 @@ def write(model: Model, folder: Path, story: Story | None = None) -> None:
     folder.mkdir()
     tensors = {n: model.weights[n] if t.is_meta else resident(t) for n, t in model.tensors().items()}
     write_folder(folder, tensors)
+    if model.beside:
+        write_file(folder / BESIDE, model.beside)
     contents = (story or Story()).files() | {STRUCTURE: _pretty(structure)}
     if model.tokenizer is not None:
         contents |= model.tokenizer.files
@@ -129,6 +133,8 @@ def read(folder: Path) -> Model:
             )
         )
     model.weights = {name: ref.lazy() for name, ref in weights.items()}
+    if BESIDE in listed:
+        model.beside = {n: ref.lazy() for n, ref in read_header(_regular(folder, BESIDE)).items()}
     files = {n: _content(folder, n, listed, MAX_TOKENIZER) for n in TOKENIZER_FILES if n in listed}
     model.tokenizer = TokenizerFiles(files) if files else None
     return model

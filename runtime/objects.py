@@ -50,6 +50,12 @@ class Objects:
                 return kept
         return self.keep_tensor(lazy.read())
 
+    def keep_lazy(self, lazy: LazyTensor) -> Entry:
+        """The same for a tensor that no module holds."""
+        if lazy.stored is not None and (file := lazy.stored.file).parent.parent == self.folder:
+            return [file.name, file.stat().st_size, durable.DTYPES[lazy.dtype], list(lazy.shape)]
+        return self.keep_tensor(lazy.read())
+
     def keep_tensor(self, tensor: Tensor) -> Entry:
         """Write a tensor as an object unless it is one already."""
         held = tensor.detach().cpu().contiguous()

@@ -31,7 +31,7 @@ from effc.compiler.rewrite import Edit
 from effc.runtime import durable, lock
 from effc.runtime.journal import FolderJournal
 from effc.runtime.key import canonical
-from effc.runtime.objects import Entry, Objects
+from effc.runtime.objects import Entry, Objects, identity_of
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 FORMAT = "effc store 1\n"
@@ -84,6 +84,7 @@ class Store:
         if record["tokenizer"] is not None:
             files = {name: self.objects.file(entry[0]) for name, entry in record["tokenizer"].items()}
             model.tokenizer = TokenizerFiles(files)
+        model.beside = {name: self.objects.lazy(entry) for name, entry in record.get("beside", {}).items()}
         model.facts = dict(record["facts"])
         log = [Edit(*entry) for entry in record["log"]]
         return Result(key, model, log, record["measures"], record["fingerprint"], record["about"])
@@ -102,6 +103,7 @@ class Store:
             "graph": to_json(model),
             "tensors": {name: self.objects.keep(model, name) for name in model.tensors()},
             "tokenizer": _kept(self.objects, files),
+            **_beside({name: self.objects.keep_lazy(lazy) for name, lazy in model.beside.items()}),
             "facts": _plain(model.facts),
             "log": [[edit.verb, edit.path, edit.detail] for edit in outcome.log],
             "measures": _plain(outcome.measures),
@@ -139,7 +141,8 @@ class Store:
     def objects_of(record: Mapping[str, Any]) -> list[tuple[str, int]]:
         """(name, bytes on disk) of everything a manifest needs."""
         tokenizer = record["tokenizer"] or {}
-        return [(e[0], e[1]) for e in (*record["tensors"].values(), *tokenizer.values())]
+        entries = (*record["tensors"].values(), *tokenizer.values(), *record.get("beside", {}).values())
+        return [(e[0], e[1]) for e in entries]
 
     # -- running stages
 
@@ -228,6 +231,7 @@ def content_of(model: Model, tensor: Callable[[str], str]) -> str:
         "graph": to_json(model),
         "tensors": {name: [tensor(name)] for name in model.tensors()},
         "tokenizer": {name: [blake3(content).hexdigest()] for name, content in tokenizer.items()} or None,
+        **_beside({name: [identity_of(lazy.read())] for name, lazy in model.beside.items()}),
     }
     return _content(record)
 
@@ -239,7 +243,13 @@ def _kept(objects: Objects, files: Mapping[str, bytes] | None) -> dict[str, Entr
 def _content(record: Mapping[str, Any]) -> str:
     files = {name: entry[0] for name, entry in (record["tokenizer"] or {}).items()}
     tensors = {name: entry[0] for name, entry in record["tensors"].items()}
-    return hashlib.sha256(canonical([record["graph"], tensors, files]).encode()).hexdigest()
+    beside = [{name: entry[0] for name, entry in record[key].items()} for key in ("beside",) if key in record]
+    return hashlib.sha256(canonical([record["graph"], tensors, files, *beside]).encode()).hexdigest()
+
+
+def _beside(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Poolers and task heads that travel with a model; most have none, and their manifests say nothing."""
+    return {"beside": dict(entries)} if entries else {}
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from effc.compiler.blocks import PatchEmbed
+from effc.compiler.exporter import left_behind
 from effc.compiler.model import Model
 from effc.runtime.consumer import Answer
 from effc.runtime.durable import refused, sync_folder
@@ -114,7 +115,7 @@ class Export(Spec):
                 disk is full, E602 when the place cannot be written.
         """
         self.ready()
-        if problems := self.refuses(model):
+        if problems := [d for d in self.refuses(model) if d.severity == "error"]:
             raise EffcError(*problems)
         target = Path(self.path)
         _refuse_foreign(target)
@@ -144,6 +145,22 @@ def probe(model: Model, rows: int = 2, length: int = 16) -> Tensor:
     if isinstance(embedding, PatchEmbed):
         return torch.randn(rows, embedding.channels, embedding.image, embedding.image, generator=dice)
     return torch.randint(0, embedding.vocab, (rows, length), generator=dice)
+
+
+def lost(model: Model) -> tuple[Diagnostic, ...]:
+    """A warning that names the poolers and task heads that an export leaves behind; empty for none."""
+    if not (names := left_behind(model)):
+        return ()
+    more = [f"and {len(names) - 6} more"] if len(names) > 6 else []
+    return (
+        Diagnostic(
+            "W553",
+            f"the export leaves {len(names)} tensors of the source behind: its pooler or task head",
+            notes=("they were made for another width or vocabulary", *names[:6], *more),
+            help="train a new head on the exported model",
+            severity="warning",
+        ),
+    )
 
 
 def continued(model: Model, ids: Tensor, greedy: Tensor) -> Tensor:

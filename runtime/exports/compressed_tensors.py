@@ -20,7 +20,7 @@ from effc.compiler.model import Model
 from effc.compiler.packing import pack
 from effc.compiler.weights import resident
 from effc.runtime.consumer import ask, need
-from effc.runtime.exports._export import Export, Verdict, probe
+from effc.runtime.exports._export import Export, Verdict, lost, probe
 from effc.runtime.exports._names import spots
 from effc.specs.diagnostic import Diagnostic
 
@@ -56,7 +56,9 @@ class CompressedTensors(Export):
         if _shifted(kinds) and len(kinds) > 1:
             mixed = "weights with zero points beside weights packed in another way; transformers takes one"
             return [_cannot(mixed)]
-        return [_cannot(f"{', '.join(paths[:4])}: {why}") for why, paths in other.items()]
+        return [_cannot(f"{', '.join(paths[:4])}: {why}") for why, paths in other.items()] or list(
+            lost(model)
+        )
 
     def _unfit(self, path: str, unit: torch.nn.Module, model: Model) -> str | None:
         if isinstance(unit, LoraLinear):

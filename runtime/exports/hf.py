@@ -14,7 +14,7 @@ from effc.compiler.checkpoint_write import write_folder
 from effc.compiler.exporter import emitted, inexpressible, stored_tensors
 from effc.compiler.model import Model
 from effc.runtime.consumer import ask, need
-from effc.runtime.exports._export import Export, Verdict, probe
+from effc.runtime.exports._export import Export, Verdict, lost, probe
 from effc.specs.diagnostic import Diagnostic
 
 TOLERANCE = 2e-5
@@ -39,7 +39,7 @@ class Hf(Export):
     def refuses(self, model: Model) -> Sequence[Diagnostic]:
         why = inexpressible(model, self.dense)
         if not why:
-            return ()
+            return lost(model)
         fits = "artifact holds every model that effc can make"
         if not self.dense and not inexpressible(model, dense=True):
             packed = "compressed_tensors and gguf hold packed weights, artifact everything"

@@ -34,6 +34,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+VIT = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 12,
+    "patch_size": 4,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", COMMON),
     "llama-tied-bias": (
@@ -63,6 +71,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXForCausalLM", COMMON | {"rotary_pct": 0.25}),
     "gpt_neox-serial": ("GPTNeoXForCausalLM", COMMON | {"use_parallel_residual": False}),
     "bert": ("BertModel", COMMON),
+    "vit": ("ViTModel", VIT),
+    "vit-plain": ("ViTModel", VIT | {"qkv_bias": False, "image_size": 8, "num_channels": 1}),
 }
 
 
@@ -93,6 +103,14 @@ def reference(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
 
 def test_equals_transformers_with_padding_on_both_sides(pair: tuple[Any, Any]) -> None:
     theirs, ours = pair
+    if theirs.config.model_type == "vit":
+        sizes = theirs.config.num_channels, theirs.config.image_size, theirs.config.image_size
+        for batch in (1, 3):
+            images = torch.randn(batch, *sizes)
+            with torch.no_grad():
+                want, got = theirs(pixel_values=images).last_hidden_state, ours(images)
+            assert (got - want).abs().max() / want.abs().max() < 1e-5
+        return
     ids = torch.randint(3, 97, (3, 14))
     for left in (False, True):
         mask = torch.ones_like(ids)
@@ -109,7 +127,7 @@ def test_equals_transformers_with_padding_on_both_sides(pair: tuple[Any, Any]) -
 
 def test_cached_decoding_equals_the_full_forward(pair: tuple[Any, Any]) -> None:
     theirs, ours = pair
-    if theirs.config.model_type == "bert":
+    if theirs.config.model_type in ("bert", "vit"):
         return
     ids = torch.randint(3, 97, (2, 9))
     out = generate(ours, ids, max_new_tokens=6)

@@ -16,9 +16,10 @@ from effc.compiler.architecture import architecture
 from effc.compiler.assemble import assemble
 from effc.compiler.blocks import MLP, Attention, Embedding, Linear, Norm
 from effc.compiler.checkpoint_write import SafetensorsWriter
-from effc.compiler.importer import build, places
+from effc.compiler.importer import build
 from effc.compiler.method import Context
 from effc.compiler.model import Model, TokenizerFiles
+from effc.compiler.places import places
 from effc.compiler.shapes import Merge
 from effc.compiler.sharing import tie
 from effc.passes.merge.linear import Linear as Mean
