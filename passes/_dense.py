@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from math import gcd
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +71,10 @@ def finite(path: str, w: Tensor) -> None:
         )
 
 
-def divisors_near(group: int, inputs: int) -> list[int]:
-    """Up to three divisors of `inputs`, above 1 and below it, nearest to `group`, ascending."""
-    divisors = [d for d in range(2, inputs) if inputs % d == 0]
+def divisors_near(group: int, inputs: Collection[int]) -> list[int]:
+    """Up to three divisors of all `inputs`, above 1 and below the least, nearest to `group`, ascending."""
+    common = gcd(*inputs)
+    divisors = [d for d in range(2, min(inputs)) if common % d == 0]
     return sorted(sorted(divisors, key=lambda d: (abs(d - group), d))[:3])
 
 

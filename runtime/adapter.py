@@ -113,6 +113,9 @@ def sketched_on(folder: Path, model: Model) -> Model:
 
 
 def _config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        help = "give a folder as peft's `save_pretrained` or `export ... as peft(...)` writes it"
+        raise EffcError(Diagnostic("E441", f"there is no folder `{folder}` with an adapter", help=help))
     config = read_json(within(folder, CONFIG), MAX_CONFIG)
     if not isinstance(config, dict):
         _refuse("E460", f"{CONFIG} holds no table of settings")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
@@ -11,7 +12,7 @@ from pydantic import ValidationError
 
 from effc import passes
 from effc.compiler.method import Method, Part, Slot
-from effc.compiler.placed import written
+from effc.compiler.placed import placed
 from effc.compiler.plan import Staged
 from effc.specs.base import Spec
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
@@ -102,9 +103,18 @@ def _value(value: Value) -> Any:
 
 
 def _refused(call: Call, problem: Mapping[str, Any]) -> Diagnostic:
-    key = str(problem["loc"][0]) if problem["loc"] else ""
-    path = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in problem["loc"]).lstrip(".")
-    span = written(call, path)
-    title = f"`{key}` of `{call.kind}` cannot be this" if key else f"`{call.kind}` cannot take this"
+    """A problem that the class alone can see, at the argument; at all it names where it is about several."""
     words = str(problem["msg"]).removeprefix("Value error, ")
-    return Diagnostic("E202", title, (Label(span, words),) if span else (), () if span else (words,))
+    path = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in problem["loc"]).lstrip(".")
+    plain = [key for key, value in call.arguments.items() if key in call.spans and not isinstance(value, Ref)]
+    named = [key for key in plain if re.search(rf"\b{re.escape(key)}\b", words)]
+    if path:
+        key = path.partition("[")[0].partition(".")[0]
+        title = f"`{key}` of `{call.kind}` cannot be this"
+        return placed(Diagnostic("E202", title, (), (words,), about=path), call)
+    if len(named) == 1:
+        title = f"`{named[0]}` of `{call.kind}` cannot be this"
+        return placed(Diagnostic("E202", title, (), (words,), about=named[0]), call)
+    labels = [Label(call.spans[key]) for key in named]
+    title = f"the arguments of `{call.kind}` do not fit each other"
+    return placed(Diagnostic("E325", title, labels, (words,)), call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -22,6 +22,7 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Train
 from effc.compiler.trained import training_work
+from effc.passes._dense import some
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 from effc.specs.units import Share
@@ -86,6 +87,7 @@ class Lora(Selects, Train):
         """Each problem once, with the modules that have it."""
         found: dict[str, list[str]] = {}
         notes: dict[str, tuple[str, str]] = {}
+        high: dict[str, tuple[int, int]] = {}
         shared = {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}
         for path, method in self.targets(model).items():
             module = model.module(path)
@@ -96,25 +98,37 @@ class Lora(Selects, Train):
             elif path in shared:
                 problem = ("shares its weight with another module", f'write except = ["{path}"]')
             elif method.rank > (limit := min(module.in_features, module.out_features)):
-                problem = (
-                    f"takes a rank of at most {limit}, not {method.rank}",
-                    f"use rank = {limit} or less",
-                )
+                high[path] = limit, method.rank
+                continue
             else:
                 continue
             found.setdefault(problem[0], []).append(path)
             notes[problem[0]] = problem
         return [
-            Diagnostic(
-                "E340" if "rank" in problem else "E320",
-                f"`{self.kind}` cannot adapt `{paths[0]}`"
-                + (f" and {len(paths) - 1} more" if paths[1:] else ""),
-                notes=(f"it {problem}",),
-                help=notes[problem][1],
-                about="rank" if "rank" in problem else "",
-            )
-            for problem, paths in found.items()
+            *self._high_ranks(high),
+            *(
+                Diagnostic(
+                    "E320",
+                    f"`{self.kind}` cannot adapt {some(paths)}",
+                    notes=(f"it {problem}",),
+                    help=notes[problem][1],
+                )
+                for problem, paths in found.items()
+            ),
         ]
+
+    def _high_ranks(self, limits: Mapping[str, tuple[int, int]]) -> Iterator[Diagnostic]:
+        """One diagnostic for all modules whose shorter side is below the rank."""
+        if limits:
+            least = min(limits, key=limits.__getitem__)
+            limit, rank = limits[least]
+            yield Diagnostic(
+                "E340",
+                f"`{self.kind}` cannot adapt {some([least, *(path for path in limits if path != least)])}",
+                notes=(f"it takes a rank of at most {limit}, not {rank}",),
+                help=f"use rank = {limit} or less",
+                about="rank",
+            )
 
     def work(self, model: Model, seq: int = 0) -> Work:
         """Forward, and back through the activations: no gradient of W is taken."""

@@ -58,20 +58,24 @@ class Uniform(Selects):
         return [*self._unfit(model, targets), *not_dense(self.kind, "quantize", model, targets)]
 
     def _unfit(self, model: Model, targets: Mapping[str, Uniform]) -> Iterator[Diagnostic]:
-        """One diagnostic for each pair of group and width that does not divide."""
-        seen: dict[tuple[int, int], list[str]] = {}
+        """One diagnostic for each group that does not divide, with those that divide all its inputs."""
+        widths: dict[int, dict[int, list[str]]] = {}
         for path, method in targets.items():
             inputs = inputs_of(model.module(path))
-            if isinstance(method.group, int) and inputs and inputs % method.group:
-                seen.setdefault((method.group, inputs), []).append(path)
-        for (group, inputs), paths in seen.items():
-            near = ", ".join(map(str, divisors_near(group, inputs)))
-            yield Diagnostic(
-                "E321",
-                f"group {group} does not divide in_features {inputs} of {some(paths)}",
-                help=f"use {near} or channel",
-                about="group",
-            )
+            if isinstance(method.group, int) and inputs:
+                widths.setdefault(method.group, {}).setdefault(inputs, []).append(path)
+        for group, found in widths.items():
+            odd = {inputs: paths for inputs, paths in found.items() if inputs % group}
+            if odd:
+                first, *others = odd
+                near = ", ".join(map(str, divisors_near(group, found)))
+                yield Diagnostic(
+                    "E321",
+                    f"group {group} does not divide in_features {first} of {some(odd[first])}",
+                    notes=tuple(f"nor {inputs} of {some(odd[inputs])}" for inputs in others),
+                    help=f"use {near} or channel" if near else "use channel",
+                    about="group",
+                )
 
 
 PackedUnit = QuantLinear | QuantStackedLinear | QuantEmbedding

@@ -89,21 +89,25 @@ class LowRank(Selects, Calibrate):
         return [*found, *self._wrong_ranks(model, plain), *self._shared(model, plain)]
 
     def _wrong_ranks(self, model: Model, targets: Mapping[str, LowRank]) -> Iterator[Diagnostic]:
-        """One diagnostic for each shape whose rank is no rank, or that would grow."""
-        seen: dict[tuple[int, int, int], list[str]] = {}
+        """One diagnostic for each rank that saves nothing somewhere, with one that saves everywhere."""
+        seen: dict[object, dict[tuple[int, int, int], list[str]]] = {}
         for path, method in targets.items():
             rows, inputs = matrix(model.module(path)).shape
             rank = method.rank_of(model.module(path))
             if rank * (rows + inputs) >= rows * inputs:
-                seen.setdefault((rank, rows, inputs), []).append(path)
-        for (rank, rows, inputs), paths in seen.items():
-            even = (rows * inputs - 1) // (rows + inputs)
-            size = f"{rank * (rows + inputs)} weights instead of {rows * inputs}"
+                seen.setdefault(method.rank, {}).setdefault((rank, rows, inputs), []).append(path)
+        for shapes in seen.values():
+            (rank, rows, inputs), paths = next(iter(shapes.items()))
+            even = [((r * i - 1) // (r + i), min(r, i)) for _, r, i in shapes]
+            share = min(int(100 * most / short) for most, short in even)
             yield Diagnostic(
                 "E340",
                 f"rank {rank} saves nothing at {some(paths)} [{rows}, {inputs}]",
-                notes=(f"the two factors would hold {size}",),
-                help=f"use a rank of at most {even}, or {int(100 * even / min(rows, inputs))}%",
+                notes=tuple(
+                    f"the factors of {at[0]} [{r}, {i}] would hold {k * (r + i)} weights instead of {r * i}"
+                    for (k, r, i), at in shapes.items()
+                ),
+                help=f"use a rank of at most {min(most for most, _ in even)}, or {share}%",
                 about="rank",
             )
 

@@ -69,7 +69,11 @@ class New(ModelSource):
             note = f"looked for tokenizer.json in `{self.tokenizer}`"
             raise EffcError(
                 Diagnostic(
-                    "E625", "there is no tokenizer for the new model", notes=(note,), about="tokenizer"
+                    "E625",
+                    "there is no tokenizer for the new model",
+                    notes=(note,),
+                    help="give the folder of a model that has one",
+                    about="tokenizer",
                 )
             )
         vocabulary = Vocabulary.of(found.files)

@@ -242,7 +242,7 @@ def test_a_group_that_does_not_divide_is_refused_with_those_that_do(tiny: Model)
     said = words(RTN(group=20), on_meta(tiny))
     assert "error[E321]: group 20 does not divide in_features 32 of layers.0.attention.q and" in said
     assert "help: use 4, 8, 16 or channel" in said
-    assert "in_features 48 of layers.0.mlp.down and 5 more" in said
+    assert "nor 48 of layers.0.mlp.down and 5 more" in said
 
 
 def test_packed_and_factored_weights_are_refused(tiny: Model) -> None:
