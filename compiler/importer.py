@@ -43,10 +43,17 @@ MAX_CONFIG = 10_000_000
 MAX_TOKENIZER = 200_000_000
 MAX_LAYERS = 10_000
 _SHOWN = 6
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def import_folder(folder: Path, dtype: torch.dtype | None = None, root: Path | None = None) -> Model:
+def import_folder(
+    folder: Path, dtype: torch.dtype | None = None, root: Path | None = None, weights: bool = True
+) -> Model:
     """The model in a folder of Hugging Face layout. `root`: the folder that links may lead into.
+
+    With `weights = False` the folder may hold config.json alone: then the model has the tensors that it calls
+    for, in its dtype, and no source to read them from.
 
     Raises:
         EffcError: E414 to E418, E434 for files, E430 to E432 for the configuration, E433 for tensors that are
@@ -57,12 +64,28 @@ def import_folder(folder: Path, dtype: torch.dtype | None = None, root: Path | N
         refuse("E414", folder / "config.json", "it holds no table of settings")
     check_trust(config)
     family = architecture(str(config.get("model_type", "")))
+    if not weights and without_weights(folder):
+        model = build(family, config, dtype or _said(config))
+        model.tokenizer = tokenizer_files(folder, root)
+        return model
     refs = read_folder(folder, root)
     stored = next((r.dtype for r in refs.values() if r.dtype.is_floating_point), torch.float32)
     model = build(family, config, dtype or stored)
     model.tokenizer = tokenizer_files(folder, root)
     model.weights, model.beside = _weights(model, family, refs)
     return model
+
+
+def without_weights(folder: Path) -> bool:
+    """Does the folder hold a configuration and nothing that could be weights?"""
+    return (folder / "config.json").is_file() and not any(
+        path.suffix in _WEIGHTS or path.name.endswith(".index.json") for path in folder.iterdir()
+    )
+
+
+def _said(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that a configuration names, in the new key or the old."""
+    return _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
 
 
 def tokenizer_files(folder: Path, root: Path | None = None) -> TokenizerFiles | None:

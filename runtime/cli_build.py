@@ -35,7 +35,7 @@ def compile(options: argparse.Namespace) -> int:
     from effc.runtime.summary import summary
 
     found = front.checked(options.recipe, options.params)
-    planned = [_planned(each, options) for each in found]
+    planned = [_planned(each, options, weights=True) for each in found]
     watch = observer(json_lines=False, quiet=options.quiet or options.json)
     records, failed = [], False
     for each, expected in zip(found, planned, strict=True):
@@ -57,11 +57,11 @@ def compile(options: argparse.Namespace) -> int:
     return CONTRACT_FAILED if failed else 0
 
 
-def _planned(each: Checked, options: argparse.Namespace) -> dict[str, Any]:
+def _planned(each: Checked, options: argparse.Namespace, weights: bool = False) -> dict[str, Any]:
     from effc.runtime.machine import chosen_target, disk_free
 
     target = chosen_target(options.target, options.device)
-    made = front.plan(each.recipe, options.store, target, options.device, options.tiny)
+    made = front.plan(each.recipe, options.store, target, options.device, options.tiny, weights)
     if not options.json:
         _say((*each.warnings, *made.warnings))
     return made.as_json() | {"settings": dict(each.settings), "disk_free": disk_free(options.store)}

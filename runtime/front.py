@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +52,11 @@ def plan(
     target: Target | None = None,
     device: str | None = None,
     tiny: bool = False,
+    weights: bool = False,
 ) -> Plan:
     """What every stage will cost (levels 3 and 4); reads configurations and headers, no weight.
+
+    A folder with config.json alone can be planned, unless `weights` says that a run follows.
 
     Raises:
         EffcError: what a stage or export cannot take, files that cannot be read, what does not fit.
@@ -64,7 +68,9 @@ def plan(
 
     recipe = shrink(recipe, Path(store)) if tiny else recipe
     machine = target or this_machine(device or "cpu")
-    return planned(recipe, Files(recipe, Path(store), tiny), machine)
+    files = Files(recipe, Path(store), tiny, weights)
+    made = planned(recipe, files, machine)
+    return replace(made, warnings=(*files.notices, *made.warnings))
 
 
 def compile(

@@ -24,24 +24,28 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
 
 
-def open_model(call: Call, models: Mapping[str, Model], tiny: bool = False) -> Model:
+def open_model(call: Call, models: Mapping[str, Model], tiny: bool = False, planned: bool = False) -> Model:
     """The model that `load(...)`, `new(...)` or `adapter(...)` means; weights stay where they are.
 
-    `tiny`: a small random copy in its place.
+    `tiny`: a small random copy in its place. `planned`: the structure is enough, weights may be missing.
 
     Raises:
         EffcError: those of the source; they point at the call where they have no place of their own.
     """
     source: ModelSource = spec_of("model", call)
     try:
-        return source.open(models, tiny)
+        return source.outline(models, tiny) if planned else source.open(models, tiny)
     except EffcError as error:
         found = (replace(d, about=d.about or "path") for d in error.diagnostics)
         raise EffcError(*(placed(d, call) for d in found)) from error
 
 
-def load(where: str | Path, dtype: str | None = None, revision: str | None = None) -> Model:
+def load(
+    where: str | Path, dtype: str | None = None, revision: str | None = None, weights: bool = True
+) -> Model:
     """A model by folder, `zoo:NAME` or `hf:org/name`; its weights are read when needed.
+
+    `weights = False`: a folder that holds config.json alone will do (see `import_folder`).
 
     Raises:
         EffcError: E441 when there is no such folder, E442 when the local cache lacks the model, and those of
@@ -53,7 +57,7 @@ def load(where: str | Path, dtype: str | None = None, revision: str | None = Non
         return import_folder(_zoo(text.removeprefix("zoo:")), wanted)
     if text.startswith("hf:"):
         folder, root = _cached(text.removeprefix("hf:"), revision or "main")
-        return import_folder(folder, wanted, root)
+        return import_folder(folder, wanted, root, weights)
     folder = Path(text)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -61,7 +65,7 @@ def load(where: str | Path, dtype: str | None = None, revision: str | None = Non
         raise EffcError(Diagnostic("E441", f"`{text[:200]}` {what}, and a model is a folder", help=help))
     if is_artifact(folder):
         return read(folder)
-    return import_folder(folder, wanted)
+    return import_folder(folder, wanted, None, weights)
 
 
 def zoo() -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from effc.compiler.exporter import main_dtype
 from effc.compiler.model import Model
 from effc.compiler.plan import Staged
 from effc.runtime.bind import spec_of, staged
@@ -17,11 +18,18 @@ from effc.specs.recipe import Binding, Export, Recipe, Ref
 class Files:
     """The sources of one recipe; nothing is read but configurations and headers."""
 
-    def __init__(self, recipe: Recipe, store: Path, tiny: bool = False) -> None:
-        self.recipe, self.store, self.tiny = recipe, store, tiny
+    def __init__(self, recipe: Recipe, store: Path, tiny: bool = False, weights: bool = False) -> None:
+        """`weights`: a run follows, so that models without weights are refused."""
+        self.recipe, self.store, self.tiny, self.weights = recipe, store, tiny, weights
+        self.notices: list[Diagnostic] = []
 
     def model(self, binding: Binding, models: Mapping[str, Model]) -> Model:
-        return open_model(binding.call, models, self.tiny)
+        model = open_model(binding.call, models, self.tiny, planned=not self.weights)
+        if not self.weights and not model.weights and binding.call.kind == "load":
+            dtype = str(main_dtype(model)).removeprefix("torch.")
+            title = f"`{binding.name}` has no weights yet; planned as its config.json says, in {dtype}"
+            self.notices.append(Diagnostic("W417", title, severity="warning"))
+        return model
 
     def stage(self, binding: Binding) -> Staged:
         return staged(binding, self.recipe, self._seq(binding))

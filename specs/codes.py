@@ -136,6 +136,7 @@ CODES: Mapping[str, str] = {
     "E444": "The files of an artefact do not fit each other.",
     "E561": "An export would overwrite a folder that effc did not make.",
     "E562": "An export cannot be published where its path points.",
+    "W417": "A folder holds a config and no weights, so a plan goes by the config.",
     "W553": "An export leaves the pooler or the task head of the source behind.",
     "W205": "A stage undoes what an earlier stage gave the weights, and no order of the two would keep it.",
     "E414": "A JSON file of a model is malformed, nested too deeply or larger than it can be.",

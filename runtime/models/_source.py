@@ -36,3 +36,7 @@ class ModelSource(Spec):
         Raises: E41x and E43x for files, E44x when there is no such model.
         """
         raise NotImplementedError
+
+    def outline(self, models: Mapping[str, Model], tiny: bool = False) -> Model:
+        """The structure alone, as a plan needs it; weights may still be missing."""
+        return self.open(models, tiny)

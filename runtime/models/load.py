@@ -31,5 +31,12 @@ class Load(ModelSource):
         """The model, its weights unread. Raises: see effc.runtime.load.load."""
         from effc.runtime.load import load
 
-        model = load(self.path, self.dtype, self.revision)
+        model = load(self.path, self.dtype, self.revision, weights=not tiny)
+        return smaller(model) if tiny else model
+
+    def outline(self, models: Mapping[str, Model], tiny: bool = False) -> Model:
+        """The same, also of a folder that holds no weights yet."""
+        from effc.runtime.load import load
+
+        model = load(self.path, self.dtype, self.revision, weights=False)
         return smaller(model) if tiny else model

@@ -114,3 +114,81 @@ def test_a_70b_model_is_planned_in_seconds_and_no_weight_is_read(tmp_path: Path)
     assert small["params"] == base["params"]
     assert small["bytes"] == base["bytes"] - 80 * layer * 2 + 80 * (layer // 2 + layer // 128 * 2)
     assert not (tmp_path / ".effc").exists()
+
+
+SIZED = {
+    "7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+PIPELINE = """effc 1
+recipe large
+model base = load("{folder}")
+data  code = corpus("python-stdlib", seq = 256)
+thin  = prune.depth(base, keep = 75%, data = code)
+heal  = distill.logits(thin, teacher = base, data = code, steps = 100, optimizer = adamw(lr = 3e-4))
+small = quantize.gptq(heal, data = code, bits = 4, group = 32, scheme = symmetric, scale = fp16)
+export heal as hf("{folder}/hf")
+export small as artifact("{folder}/small.effc"), compressed_tensors("{folder}/ct")
+export small as gguf("{folder}/small.gguf")
+"""
+
+
+def configured(size: str, folder: Path) -> Path:
+    """A recipe on a folder with a config and a tokenizer, and no weights."""
+    folder.mkdir()
+    words = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}
+    rest = {"vocab_size": 32000, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(words | rest | SIZED[size]))
+    (folder / "tokenizer.json").write_bytes((ROOT / "specs" / "zoo" / "pylm" / "tokenizer.json").read_bytes())
+    recipe = folder.with_suffix(".effc")
+    recipe.write_text(PIPELINE.format(folder=folder))
+    return recipe
+
+
+@pytest.mark.parametrize("size", SIZED)
+def test_a_config_alone_is_planned_in_seconds(size: str, tmp_path: Path) -> None:
+    recipe = configured(size, tmp_path / size)
+    target = (ROOT / "specs" / "targets" / "h200.yaml").read_text() + "disk_bytes: 9000000000000\n"
+    (tmp_path / "target.yaml").write_text(target.replace("149000000000", "3000000000000"))
+    command = [sys.executable, "-m", "effc", "plan", str(recipe), "--json", "--target", "target.yaml"]
+    before = os.times()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    work = after.children_user + after.children_system - before.children_user - before.children_system
+    assert work < 8, f"{work:.1f} s of work"  # 5 s on an idle machine
+    record = json.loads(done.stdout)
+    base, thin, heal, _ = record["stages"]
+    layers, vocab = SIZED[size]["num_hidden_layers"], 2 * 32000 * SIZED[size]["hidden_size"]
+    width = SIZED[size]["hidden_size"]
+    assert base["bytes"] == 2 * base["params"]  # the config's dtype
+    layer = (base["params"] - vocab - width) // layers
+    assert base["params"] == layer * layers + vocab + width
+    assert thin["params"] == heal["params"] == layer * (layers * 3 // 4) + vocab + width
+    [warning] = record["warnings"]
+    assert warning["code"] == "W417"
+    assert "bfloat16" in warning["title"]
+
+
+def test_what_was_planned_by_a_config_alone_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = configured("7b", tmp_path / "7b")
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", str(recipe)]) == 1
+    said = capsys.readouterr().err
+    assert "E417" in said
+    assert "model.safetensors.index.json" in said
+    assert f"{recipe}:3:" in said
+    assert not (tmp_path / ".effc").exists()
