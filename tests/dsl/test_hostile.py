@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -69,18 +69,28 @@ HOSTILE_YAML = {
 }
 
 
+LIMIT = 10
+"""Seconds of this process's own time for the worst file: some 3 times what a slow machine takes."""
+
+
+def own_time() -> float:
+    """Seconds that this process computed; a loaded machine does not add to it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_text(name: str) -> None:
-    start = time.perf_counter()
+    start = own_time()
     assert "[E" in problems(HOSTILE[name])
-    assert time.perf_counter() - start < 5
+    assert own_time() - start < LIMIT
 
 
 @pytest.mark.parametrize("name", HOSTILE_YAML)
 def test_hostile_yaml(name: str) -> None:
-    start = time.perf_counter()
+    start = own_time()
     assert "[E" in problems(HOSTILE_YAML[name], "hostile.yaml")
-    assert time.perf_counter() - start < 5
+    assert own_time() - start < LIMIT
 
 
 def test_what_is_printed_cannot_drive_a_terminal() -> None:
@@ -181,9 +191,9 @@ def test_time_grows_with_length_alone() -> None:
     def seconds(stages: int) -> float:
         raw, best = long_recipe(stages), 1e9
         for _ in range(3):
-            start = time.perf_counter()
+            start = own_time()
             assert problems(raw) == ""
-            best = min(best, time.perf_counter() - start)
+            best = min(best, own_time() - start)
         return best
 
     seconds(50)
