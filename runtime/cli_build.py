@@ -83,6 +83,7 @@ def _about(each: Checked, expected: dict[str, Any]) -> dict[str, Any]:
 
 def _finish_exports(record: dict[str, Any]) -> None:
     """Size on disk, and for Hugging Face folders the command line that evaluates them."""
+    from effc.runtime.harness import evaluation
     from effc.specs.units import fmt_bytes
 
     for export in record["exports"]:
@@ -92,9 +93,7 @@ def _finish_exports(record: dict[str, Any]) -> None:
         files = [place] if place.is_file() else [p for p in place.rglob("*") if p.is_file()]
         export["size"] = fmt_bytes(sum(p.stat().st_size for p in files))
         if export["format"] in ("hf", "compressed_tensors"):
-            export["evaluate"] = (
-                f"lm_eval --model hf --model_args pretrained={place} --tasks lambada_openai --batch_size 8"
-            )
+            export["evaluate"] = evaluation(place)
 
 
 def _named(each: Checked) -> str:
