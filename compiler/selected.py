@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from effc.compiler.method import Method
 from effc.compiler.model import Model
 from effc.compiler.selects import Selects
+from effc.specs.units import Gradient
 
 
 def selector_report(method: Method, model: Model) -> list[tuple[str, str, str]]:
@@ -16,12 +18,23 @@ def selector_report(method: Method, model: Model) -> list[tuple[str, str, str]]:
     names = {name.path: name for name in model.names()}
     layers: dict[tuple[str, str], list[int | None]] = {}
     for path, applied in method.targets(model).items():
-        words = ", ".join(f"{key} = {getattr(applied, key)}" for key in type(method).overrides)
+        layer = names[path].layer
+        words = ", ".join(
+            f"{key} = {_shown(getattr(method, key), getattr(applied, key), layer, model.layers)}"
+            for key in type(method).overrides
+        )
         layers.setdefault((words, names[path].role), []).append(names[path].layer)
     rows: dict[tuple[str, str], list[str]] = {}
     for (words, role), numbers in layers.items():
         rows.setdefault((_ranges(numbers), words), []).append(role)
     return [(_together(roles), where, words) for (where, words), roles in rows.items()]
+
+
+def _shown(written: Any, applied: Any, layer: int | None, layers: int) -> str:
+    """The argument as it applies; a gradient by its ends, so that its layers share a row."""
+    if isinstance(written, Gradient) and applied == written.at(layer, layers):
+        return f"{written.first} to {written.last}"
+    return str(applied)
 
 
 def _together(roles: Sequence[str]) -> str:

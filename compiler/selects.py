@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from effc.specs.base import Spec
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.select import Rule, Selector, resolve
+from effc.specs.units import Gradient
 
 if TYPE_CHECKING:
     from effc.compiler.model import Model
@@ -38,7 +39,7 @@ class Selects(Spec):
     )
 
     def targets(self, model: Model) -> dict[str, Self]:
-        """Path -> the method as it applies there, in model order.
+        """Path -> the method as it applies there, in model order; gradients have become the layer's number.
 
         Raises:
             EffcError: E226, E231, E232 from the selectors, E211 and E212 from arguments of rules.
@@ -46,7 +47,21 @@ class Selects(Spec):
         names = [name for name in model.names() if name.role not in _NO_MATRIX]
         select = self.select or [role for role in DEFAULT if Selector.parse(role).match(names)]
         table = resolve(select, self.except_, self.rules, names)
-        return {path: self.at(path, given) for path, given in table.items() if given is not None}
+        layer = {name.path: name.layer for name in names}
+        return {
+            path: self.at(path, given)._in_layer(layer[path], model.layers)
+            for path, given in table.items()
+            if given is not None
+        }
+
+    def _in_layer(self, layer: int | None, layers: int) -> Self:
+        """This method with the numbers that its gradients have in one layer of so many."""
+        numbers = {
+            name: value.at(layer, layers)
+            for name in self.overrides
+            if isinstance(value := getattr(self, name), Gradient)
+        }
+        return self.model_copy(update=numbers) if numbers else self
 
     def at(self, path: str, given: Mapping[str, Any]) -> Self:
         """This method with the arguments of a rule. Raises EffcError E211 when it takes no such argument."""

@@ -17,6 +17,7 @@ from effc.compiler.plan import Staged
 from effc.specs.base import Spec
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
 from effc.specs.recipe import Binding, Call, Recipe, Ref, Value
+from effc.specs.units import Gradient
 
 HOMES = {"data": "effc.runtime.data", "model": "effc.runtime.models", "export": "effc.runtime.exports"}
 """Role of a call -> the package that holds one file for each kind."""
@@ -93,6 +94,8 @@ def _defaults(cls: type[Spec]) -> dict[str, Any]:
 
 def _value(value: Value) -> Any:
     match value:
+        case Call(kind="depth", arguments=ends):
+            return Gradient(*(float(cast(float, ends[end])) for end in ("first", "last")))
         case Call() if "." in value.kind:
             return part_of(value)
         case tuple():

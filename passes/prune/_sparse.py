@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
 
-from pydantic import Field
+from annotated_types import Lt
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from effc.compiler.contract import LOSSY, Contract, Fact
@@ -14,7 +16,7 @@ from effc.compiler.selects import Selects
 from effc.passes._dense import inputs_of, matrix, not_dense, some
 from effc.passes.prune._pattern import Pattern, lowest_in_groups, sides
 from effc.specs.diagnostic import Diagnostic
-from effc.specs.units import Share
+from effc.specs.units import Gradient, Share
 
 SPARSE = Contract(
     LOSSY,
@@ -33,12 +35,27 @@ class Sparse(Selects):
 
     overrides = ("sparsity", "pattern")
 
-    sparsity: Share = Field(
-        default=0.5, lt=1, description="share of weights set to zero; n:m patterns fix it at 50%"
+    sparsity: Annotated[Share, Lt(1)] | Gradient = Field(
+        default=0.5,
+        description="share of weights set to zero, or depth(first, last); n:m patterns fix it at 50%",
     )
     pattern: Pattern = Field(
         default="unstructured", description="any weights, or 2 of 4 or 4 of 8 neighboring inputs stay"
     )
+
+    @field_validator("sparsity")
+    @classmethod
+    def _leaves_something(cls, given: float | Gradient) -> float | Gradient:
+        if isinstance(given, Gradient) and not all(0 <= end < 1 for end in (given.first, given.last)):
+            raise ValueError("both ends of a gradient must be at least 0% and below 100%")
+        return given
+
+    @property
+    def share(self) -> float:
+        """The sparsity where this method applies, as `targets` gives it."""
+        if isinstance(self.sparsity, Gradient):
+            raise TypeError("a gradient has a number only in a layer; take the method from `targets`")
+        return self.sparsity
 
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
         targets = self.targets(model)
@@ -54,10 +71,10 @@ class Sparse(Selects):
 
     def _clashes(self, targets: Mapping[str, Sparse]) -> Iterator[Diagnostic]:
         for path, method in targets.items():
-            if method.pattern != "unstructured" and method.sparsity != 0.5:
+            if method.pattern != "unstructured" and method.share != 0.5:
                 yield Diagnostic(
                     "E325",
-                    f"the pattern {method.pattern} of `{self.kind}` means 50%, not {method.sparsity:.0%}",
+                    f"the pattern {method.pattern} of `{self.kind}` means 50%, not {method.share:.0%}",
                     notes=(f"at {path}",),
                     help="leave `sparsity` out, or use pattern = unstructured",
                     about="sparsity",

@@ -39,6 +39,7 @@ class Magnitude(Sparse, Rewrite):
     contract = SPARSE
     examples = (
         "prune.magnitude(sparsity = 50%)",
+        "prune.magnitude(sparsity = depth(30%, 70%))",
         "prune.magnitude(sparsity = 70%, scope = global)",
         "prune.magnitude(pattern = 2:4)",
     )
@@ -64,8 +65,8 @@ class Magnitude(Sparse, Rewrite):
             found.append(
                 Diagnostic(
                     "E325",
-                    f"`scope = global` of `{self.kind}` takes one sparsity, and a rule sets another",
-                    help="use scope = layer, or leave `sparsity` out of the rules",
+                    f"`scope = global` of `{self.kind}` takes one sparsity, and here it differs",
+                    help="use scope = layer, or one `sparsity` without rules or depth(...) that set another",
                     about="scope",
                 )
             )
@@ -82,7 +83,7 @@ class Magnitude(Sparse, Rewrite):
         for path in chosen:
             finite(path, matrix(rw.module(path)))
         if self.scope == "global":
-            return self._all_at_once(rw, list(chosen))
+            return self._all_at_once(rw, chosen)
         return {path: zero(rw, path, method.mask(_size(rw, path))) for path, method in chosen.items()}
 
     def mask(self, scores: Tensor) -> Tensor:
@@ -90,11 +91,12 @@ class Magnitude(Sparse, Rewrite):
         if self.pattern != "unstructured":
             return self.mask_in_groups(scores)
         flat = scores.reshape(1, -1)
-        return lowest(flat, share_of(flat.numel(), self.sparsity)).view_as(scores)
+        return lowest(flat, share_of(flat.numel(), self.share)).view_as(scores)
 
-    def _all_at_once(self, rw: Rewriter, paths: Sequence[str]) -> Mapping[str, float]:
+    def _all_at_once(self, rw: Rewriter, paths: Mapping[str, Magnitude]) -> Mapping[str, float]:
         sizes = [_size(rw, path) for path in paths]
-        count = share_of(sum(s.numel() for s in sizes), self.sparsity)
+        share = next(iter(paths.values())).share if paths else 0.0
+        count = share_of(sum(s.numel() for s in sizes), share)
         counts = counts_over_all(sizes, count)
         return {
             path: zero(rw, path, lowest(size.reshape(1, -1), n).view_as(size))

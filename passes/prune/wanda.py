@@ -63,6 +63,7 @@ class Wanda(Sparse, Calibrate):
     contract = SPARSE
     examples = (
         "prune.wanda(data = code, sparsity = 50%)",
+        "prune.wanda(data = code, sparsity = depth(30%, 70%), samples = 8)",
         "prune.wanda(data = code, pattern = 2:4, samples = 8)",
         "prune.wanda(data = code, pattern = 4:8, samples = 8)",
     )
@@ -104,7 +105,7 @@ class Wanda(Sparse, Calibrate):
         """scores [R, i] -> True where a weight goes."""
         if self.pattern != "unstructured":
             return self.mask_in_groups(scores)
-        return lowest(scores, share_of(scores.shape[1], self.sparsity))
+        return lowest(scores, share_of(scores.shape[1], self.share))
 
     def _scores(self, rw: Rewriter, path: str, seen: Mapping[str, Statistic]) -> Tensor:
         """|W| ||X|| as [R, i]; an expert that no token chose is scored by |W| alone.

@@ -13,6 +13,7 @@ from torch import Tensor
 from effc.compiler.method import Context
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
+from effc.compiler.selected import selector_report
 from effc.compiler.shapes import Calibrate
 from effc.passes.prune._pattern import counts_over_all, lowest, lowest_in_groups
 from effc.passes.prune.depth import Depth
@@ -21,6 +22,8 @@ from effc.passes.prune.wanda import Wanda
 from effc.passes.quantize.rtn import RTN
 from effc.runtime.calibrate import calibrate
 from effc.specs.recipe import Ref
+from effc.specs.select import Rule
+from effc.specs.units import Gradient
 
 from .tiny_models import Sequences, blank, filled, on_meta, outputs
 
@@ -250,3 +253,32 @@ def test_inputs_that_no_group_divides_are_refused() -> None:
     assert "error[E324]" in said
     assert "divisible by 4; layers.0.mlp.up has 30" in said
     assert "use pattern = unstructured" in said
+
+
+def test_a_gradient_runs_from_the_first_layer_to_the_last(tiny: Model) -> None:
+    slope = Gradient(0.2, 0.8)
+    by_size = pruned(Magnitude(sparsity=slope), tiny)
+    by_input = calibrated(Wanda(data=CODE, sparsity=slope), tiny)
+    for layer in range(tiny.layers):
+        path, share = f"layers.{layer}.mlp.up", slope.at(layer, tiny.layers)
+        rows, inputs = tiny.module(path).weight.shape
+        assert zeros(by_size, path) == int(share * rows * inputs + 1e-9)
+        assert zeros(by_input, path) == rows * int(share * inputs + 1e-9)
+    assert slope.at(0, tiny.layers) == 0.2
+    assert slope.at(tiny.layers - 1, tiny.layers) == pytest.approx(0.8)
+
+
+def test_a_rule_sets_one_number_in_place_of_a_gradient(tiny: Model) -> None:
+    method = Magnitude(sparsity=Gradient(0.2, 0.8), rules=(Rule(on="layers[1].mlp.up", sparsity=0.4),))
+    applied = method.targets(tiny)
+    assert applied["layers.1.mlp.up"].share == 0.4
+    assert applied["layers.0.mlp.up"].share == 0.2
+    rows = {words for _, _, words in selector_report(method, tiny)}
+    assert rows == {f"sparsity = {how}, pattern = unstructured" for how in ("0.2 to 0.8", "0.4")}
+
+
+def test_gradients_that_mean_nothing_are_refused(tiny: Model) -> None:
+    with pytest.raises(ValueError, match="both ends"):
+        Magnitude(sparsity=Gradient(0.2, 1.0))
+    assert "takes one sparsity" in words(Magnitude(sparsity=Gradient(0.2, 0.8), scope="global"), tiny)
+    assert "means 50%" in words(Magnitude(sparsity=Gradient(0.2, 0.8), pattern="2:4"), tiny)
