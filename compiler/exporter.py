@@ -17,6 +17,7 @@ from effc.compiler.blocks import MLP, Attention, Embedding, LoraLinear, MoE, Uni
 from effc.compiler.importer import build
 from effc.compiler.model import Model
 from effc.compiler.places import Place, fused_groups, places
+from effc.compiler.presence import loaded
 from effc.compiler.weights import LazyTensor
 from effc.specs.diagnostic import EffcError
 
@@ -206,14 +207,13 @@ def _some(names: list[str]) -> str:
 
 def _dtype_of(model: Model, name: str) -> torch.dtype:
     """What a tensor is stored as: its own dtype, the model's where it was packed."""
-    tensor = _own(model, name)
+    path, _, slot = name.rpartition(".")
+    tensor = _own(model.module(path), slot)
     return tensor.dtype if tensor is not None else main_dtype(model)
 
 
-def _own(model: Model, name: str) -> Tensor | None:
-    """The tensor as it lies in the model, beneath an adapter where there is one; None when packed."""
-    path, _, slot = name.rpartition(".")
-    module = model.module(path)
+def _own(module: nn.Module, slot: str) -> Tensor | None:
+    """A tensor as it lies in its module, beneath an adapter where there is one; None when packed."""
     if isinstance(module, LoraLinear):
         module = module.base
     own = module._parameters.get(slot)
@@ -226,10 +226,10 @@ def _dense(model: Model, name: str) -> Tensor:
     Packed and factored weights are computed; an adapter's change is added to what lies beneath.
     """
     path, _, slot = name.rpartition(".")
-    module: Any = model.module(path)
+    module: Any = loaded(model, path)
     dtype = _dtype_of(model, name)
     beneath: Any = module.base if isinstance(module, LoraLinear) else module
-    own = _own(model, name)
+    own = _own(module, slot)
     value: Tensor = own.detach() if own is not None else beneath.dense()
     if own is None and hasattr(beneath, "experts"):
         value = value.view(beneath.experts, -1, value.shape[-1])

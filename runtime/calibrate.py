@@ -21,13 +21,14 @@ from torch.fx.node import map_arg
 from effc.compiler.layers import segments
 from effc.compiler.method import Context, Data, Journal, Outcome
 from effc.compiler.model import Model
+from effc.compiler.presence import owners_below
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Calibrate, Observe, Statistic
 from effc.compiler.step import Step
 from effc.compiler.weights import LazyTensor
 from effc.runtime.hidden import Hidden
-from effc.runtime.watch import Snapshot, Watch, owners_below, restore
+from effc.runtime.watch import Snapshot, Watch, restore
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 TOKENS = 4096

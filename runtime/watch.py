@@ -9,7 +9,6 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from effc.compiler.blocks import Unit
-from effc.compiler.model import Model
 from effc.compiler.rewrite import Edit, Rewriter
 from effc.compiler.shapes import Calibrate, Statistic
 
@@ -106,17 +105,3 @@ def restore(rw: Rewriter, tensors: Mapping[str, Tensor], data: Mapping[str, Any]
             rw.write(path, slot, tensor)
     rw.log[log:] = [Edit(*entry) for entry in data["log"]]
     return dict(data["errors"])
-
-
-def owners_below(model: Model, blocks: Sequence[str]) -> list[str]:
-    """Names of the tensors that blocks use; a tied one under its owner's name."""
-    ties = model.ties()
-    found = []
-    for block in blocks:
-        module = model.module(block)
-        inner = (
-            *module.named_parameters(remove_duplicate=False),
-            *module.named_buffers(remove_duplicate=False),
-        )
-        found += [ties.get(f"{block}.{name}", f"{block}.{name}") for name, _ in inner]
-    return list(dict.fromkeys(found))

@@ -100,7 +100,7 @@ class Export(Spec):
         return ()
 
     def write(self, model: Model, place: Path) -> None:
-        """Write a file or a new folder at `place`, which does not exist yet. The model is materialized."""
+        """Write a file or a new folder at `place`, which does not exist yet, weight by weight."""
         raise NotImplementedError
 
     def verify(self, place: Path, model: Model) -> Verdict:
@@ -126,10 +126,10 @@ class Export(Spec):
             raise refused(problem, target) from problem
         try:
             made = aside / target.name
-            self.write(model.clone().materialize(), made)
+            self.write(model.clone(), made)
             if made.is_dir():
                 (made / MARK).write_text(json.dumps({"export": self.kind, "effc": version("effc")}) + "\n")
-            verdict = self.verify(made, model.clone().materialize())
+            verdict = self.verify(made, model.clone())
             _settle(made, target, aside / "old")
         except OSError as problem:
             raise refused(problem, target) from problem

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 from pydantic import Field, PrivateAttr
 
 from effc.compiler.graph_json import to_json
 from effc.compiler.model import Model
+from effc.compiler.presence import computed
 from effc.runtime import artifact
 from effc.runtime.consumer import ask
 from effc.runtime.exports._export import Export, Verdict, probe
@@ -52,6 +52,5 @@ class Artifact(Export):
         if changed := artifact.check(place):
             raise EffcError(*changed)
         ids = probe(model)
-        with torch.no_grad():
-            want = model(ids).float()
+        want = computed(model, ids).float()
         return Verdict.of(ask("effc", place, ids), want, TOLERANCE)

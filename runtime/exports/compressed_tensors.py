@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,9 @@ from effc.compiler.checkpoint_write import write_folder
 from effc.compiler.exporter import emitted, inexpressible, stored_tensors
 from effc.compiler.model import Model
 from effc.compiler.packing import pack
-from effc.compiler.weights import resident
+from effc.compiler.presence import computed, loaded
+from effc.compiler.sharing import cloned
+from effc.compiler.weights import LazyTensor
 from effc.runtime.consumer import ask, need
 from effc.runtime.exports._export import Export, Verdict, lost, probe
 from effc.runtime.exports._names import spots
@@ -82,7 +84,7 @@ class CompressedTensors(Export):
         for path, unit in model.units():
             if isinstance(unit, QuantLinear):
                 del tensors[f"{names[path]}.weight"]
-                tensors |= {f"{names[path]}.{key}": resident(tensor) for key, tensor in words(unit)}
+                tensors |= {f"{names[path]}.{key}": lazy for key, lazy in _lazy(model, path, unit)}
         config = emitted(model) | {"quantization_config": settings(model, names)}
         place.mkdir()
         (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -92,8 +94,7 @@ class CompressedTensors(Export):
 
     def verify(self, place: Path, model: Model) -> Verdict:
         ids = probe(model)
-        with torch.no_grad():
-            want = model.to(torch.float32)(ids).float()
+        want = computed(model, ids, torch.float32)
         return Verdict.of(ask("compressed_tensors", place, ids), want, TOLERANCE)
 
 
@@ -118,6 +119,16 @@ def words(unit: QuantLinear) -> Iterator[tuple[str, Tensor]]:
     bias = unit._parameters.get("bias")
     if bias is not None:
         yield "bias", bias.detach()
+
+
+def _lazy(model: Model, path: str, unit: QuantLinear) -> Iterator[tuple[str, LazyTensor]]:
+    """The same, made when it is read: shapes follow from the unit, numbers from where its weights lie."""
+
+    def reader(key: str) -> Callable[[], Tensor]:
+        return lambda: dict(words(cast(QuantLinear, loaded(model, path))))[key]
+
+    for key, tensor in words(cast(QuantLinear, cloned(unit, {}).to("meta"))):
+        yield key, LazyTensor(tuple(tensor.shape), tensor.dtype, reader(key))
 
 
 def _words(stream: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.model import Model
+from effc.compiler.presence import loaded
 from effc.runtime.consumer import ask, need
 from effc.runtime.exports import _gguf_model as layout
 from effc.runtime.exports import _gguf_tokens as tokens
@@ -45,7 +47,7 @@ class Gguf(Export):
         need("llama_cpp")
 
     def write(self, model: Model, place: Path) -> None:
-        """Stream the tensors into the file at `place`; the model must be materialized."""
+        """Stream the tensors into the file at `place`, one in memory at a time."""
         import gguf
 
         assert model.tokenizer is not None
@@ -67,12 +69,13 @@ class Gguf(Export):
         file.write_kv_data_to_file()
         file.write_ti_data_to_file()
         for entry in listed:
-            file.write_tensor_data(layout.numbers(entry, layout.kind_of(entry, self.type)))
+            whole = replace(entry, module=loaded(model, entry.path))
+            file.write_tensor_data(layout.numbers(whole, layout.kind_of(entry, self.type)))
         file.close()
 
     def verify(self, place: Path, model: Model) -> Verdict:
         """llama.cpp continues a probe with the tokens that effc chooses on the very weights of the file."""
-        reference = stored(place, model)
+        reference = stored(place, model.materialize())  # llama.cpp holds it whole too
         ids = probe(model)
         answer = ask("llama_cpp", place, ids, new_tokens=8)
         with torch.no_grad():

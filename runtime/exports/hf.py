@@ -13,6 +13,7 @@ from pydantic import Field
 from effc.compiler.checkpoint_write import write_folder
 from effc.compiler.exporter import emitted, inexpressible, stored_tensors
 from effc.compiler.model import Model
+from effc.compiler.presence import computed
 from effc.runtime.consumer import ask, need
 from effc.runtime.exports._export import Export, Verdict, lost, probe
 from effc.specs.diagnostic import Diagnostic
@@ -56,9 +57,7 @@ class Hf(Export):
     def verify(self, place: Path, model: Model) -> Verdict:
         """transformers loads the folder in a fresh process and computes the same."""
         ids = probe(model)
-        wide = model.to(torch.float32)
-        with torch.no_grad():
-            want = wide(ids).float()
+        want = computed(model, ids, torch.float32)
         return Verdict.of(ask("transformers", place, ids), want, self._tolerance(model))
 
     def _tolerance(self, model: Model) -> float:

@@ -57,6 +57,7 @@ class Peft(Export):
     def write(self, model: Model, place: Path) -> None:
         place.mkdir()
         units = adapters(model)
+        model.materialize([f"{path}.{factor}" for path in units for factor in ("a", "b")])
         names = {path: spot.name for path, spot in spots(model).items()}
         told = settings({names[path]: unit for path, unit in units.items()}, list(names.values()), model)
         (place / CONFIG).write_text(json.dumps(told, indent=2) + "\n")
@@ -73,7 +74,7 @@ class Peft(Export):
     def verify(self, place: Path, model: Model) -> Verdict:
         """peft puts the adapter on the model's own weights, written for it in the layout of transformers."""
         ids = probe(model)
-        model = model.to(torch.float32)
+        model = model.clone().materialize().to(torch.float32)
         with torch.no_grad():
             want = model(ids).float()
         with tempfile.TemporaryDirectory(prefix="effc-base-") as work:
