@@ -34,6 +34,11 @@ def document_of(recipe: Recipe, catalogue: Catalogue) -> tree.Document:
     return tree.Document((*head, *bindings, *expects, *exports), _NOWHERE.source)
 
 
+def call_of(call: Call, catalogue: Catalogue) -> tree.Call:
+    """A call as it would be written, every argument with its name."""
+    return _call(call, 0, catalogue)
+
+
 def flat(name: str) -> str:
     """`c.base`, from a used file, becomes `c_base`."""
     return name.replace(".", "_")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, cast
@@ -12,10 +11,10 @@ from pydantic import ValidationError
 
 from effc import passes
 from effc.compiler.method import Method, Part, Slot
-from effc.compiler.placed import placed
 from effc.compiler.plan import Staged
+from effc.runtime.refusal import refusals
 from effc.specs.base import Spec
-from effc.specs.diagnostic import Diagnostic, EffcError, Label
+from effc.specs.diagnostic import EffcError
 from effc.specs.recipe import Binding, Call, Recipe, Ref, Value
 from effc.specs.units import Gradient
 
@@ -31,17 +30,17 @@ def method_of(call: Call) -> Method:
     Raises:
         EffcError: E202 when the class refuses an argument that the catalogue let through.
     """
-    return cast(Method, _made(passes.resolve(call.kind), call))
+    return cast(Method, made(passes.resolve(call.kind), call))
 
 
 def part_of(call: Call) -> Part:
     """The part that a nested call means, e.g. `adamw(lr = 3e-4)`."""
-    return cast(Part, _made(spec_class(f"{_PARTS}.{call.kind}"), call))
+    return cast(Part, made(spec_class(f"{_PARTS}.{call.kind}"), call))
 
 
 def spec_of(role: str, call: Call) -> Any:
     """The data source, load or export that a call means. `role` is a key of HOMES."""
-    return _made(spec_class(f"{HOMES[role]}.{call.kind}"), call)
+    return made(spec_class(f"{HOMES[role]}.{call.kind}"), call)
 
 
 @cache
@@ -72,14 +71,14 @@ def staged(binding: Binding, recipe: Recipe, seq: int = 0) -> Staged:
     return Staged(method_of(binding.call), tuple(r.name for r in binding.call.models), named, seq)
 
 
-def _made(cls: type[Spec], call: Call) -> Spec:
+def made(cls: type[Spec], call: Call) -> Spec:
+    """The call as an object of the class, slots filled. Raises EffcError with all that the class refuses."""
     given = {key: _value(value) for key, value in call.arguments.items()}
     filled = {**_defaults(cls), **{key: value for key, value in given.items() if value is not None}}
     try:
         return cls.model_validate(filled)
     except ValidationError as error:
-        found = error.errors(include_url=False)
-        raise EffcError(*(_refused(call, dict(problem)) for problem in found)) from error
+        raise EffcError(*refusals(call, error)) from error
 
 
 def _defaults(cls: type[Spec]) -> dict[str, Any]:
@@ -103,21 +102,3 @@ def _value(value: Value) -> Any:
         case Mapping():
             return {key: _value(item) for key, item in value.items()}
     return value
-
-
-def _refused(call: Call, problem: Mapping[str, Any]) -> Diagnostic:
-    """A problem that the class alone can see, at the argument; at all it names where it is about several."""
-    words = str(problem["msg"]).removeprefix("Value error, ")
-    path = "".join(f"[{at}]" if isinstance(at, int) else f".{at}" for at in problem["loc"]).lstrip(".")
-    plain = [key for key, value in call.arguments.items() if key in call.spans and not isinstance(value, Ref)]
-    named = [key for key in plain if re.search(rf"\b{re.escape(key)}\b", words)]
-    if path:
-        key = path.partition("[")[0].partition(".")[0]
-        title = f"`{key}` of `{call.kind}` cannot be this"
-        return placed(Diagnostic("E202", title, (), (words,), about=path), call)
-    if len(named) == 1:
-        title = f"`{named[0]}` of `{call.kind}` cannot be this"
-        return placed(Diagnostic("E202", title, (), (words,), about=named[0]), call)
-    labels = [Label(call.spans[key]) for key in named]
-    title = f"the arguments of `{call.kind}` do not fit each other"
-    return placed(Diagnostic("E325", title, labels, (words,)), call)

@@ -7,9 +7,9 @@ a module decides about it alone. A rule may name a module that `select` left out
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.selector import Name, Selector, SelectorError
@@ -33,6 +33,12 @@ class Rule(BaseModel):
     def _parses(cls, text: str) -> str:
         Selector.parse(text)
         return text
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> Self:
+        if self.skip == bool(self.given):
+            raise ValueError("a rule either skips or sets arguments")
+        return self
 
     @property
     def given(self) -> Mapping[str, Any]:
