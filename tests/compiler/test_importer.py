@@ -70,6 +70,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3ForCausalLM", COMMON | {"sliding_window": 6}),
     "gpt_neox": ("GPTNeoXForCausalLM", COMMON | {"rotary_pct": 0.25}),
     "gpt_neox-serial": ("GPTNeoXForCausalLM", COMMON | {"use_parallel_residual": False}),
+    "mistral-tied": ("MistralForCausalLM", COMMON | {"tie_word_embeddings": True}),
+    "qwen2-tied": ("Qwen2ForCausalLM", COMMON | {"tie_word_embeddings": True}),
+    "gemma2-untied": ("Gemma2ForCausalLM", COMMON | {"head_dim": 16, "tie_word_embeddings": False}),
+    "gpt2-untied": (
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": 97,
+            "n_embd": 48,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 64,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "mixtral-tied": (
+        "MixtralForCausalLM",
+        COMMON | {"num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+    ),
+    "phi3-tied": ("Phi3ForCausalLM", COMMON | {"tie_word_embeddings": True}),
+    "gpt_neox-tied": ("GPTNeoXForCausalLM", COMMON | {"rotary_pct": 0.25, "tie_word_embeddings": True}),
     "bert": ("BertModel", COMMON),
     "vit": ("ViTModel", VIT),
     "vit-plain": ("ViTModel", VIT | {"qkv_bias": False, "image_size": 8, "num_channels": 1}),
@@ -135,3 +155,29 @@ def test_cached_decoding_equals_the_full_forward(pair: tuple[Any, Any]) -> None:
         with torch.no_grad():
             ids = torch.cat((ids, ours(ids)[:, -1].argmax(-1, keepdim=True)), 1)
     assert out.tolist() == ids.tolist() or out.tolist() == ids[:, 9:].tolist()
+
+
+def test_a_head_is_tied_where_the_config_says_so(pair: tuple[Any, Any]) -> None:
+    theirs, ours = pair
+    if theirs.config.model_type in ("bert", "vit"):
+        return
+    assert ("head.weight" in ours.ties()) is theirs.config.tie_word_embeddings
+
+
+def test_padding_on_the_left_changes_no_token_of_cached_decoding(pair: tuple[Any, Any]) -> None:
+    """A padded batch with a cache against transformers, row by row, without padding and without a cache."""
+    theirs, ours = pair
+    if theirs.config.model_type in ("bert", "vit"):
+        return
+    ids = torch.randint(3, 97, (3, 9))
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate((0, 2, 6)):
+        mask[row, :pad] = 0
+    got = generate(ours, ids, attention_mask=mask, max_new_tokens=5)
+    for row, pad in enumerate((0, 2, 6)):
+        plain = ids[row : row + 1, pad:]
+        for _ in range(5):
+            with torch.no_grad():
+                logits = theirs(input_ids=plain).logits[:, -1]
+            plain = torch.cat((plain, logits.argmax(-1, keepdim=True)), 1)
+        assert got[row, pad:].tolist() == plain[0].tolist()
