@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effc.compiler.method import Method, Work
 from effc.compiler.model import Model
-from effc.compiler.shapes import Calibrate, Merge, Train
+from effc.compiler.shapes import Calibrate, Merge, Rewrite, Train
 from effc.specs.target import Target
 
 STREAMED = 4096
@@ -17,7 +17,8 @@ BACKWARD = 180_000_000
 def peak_of(method: Method, model: Model, work: Work, target: Target) -> int:
     """Resident bytes of the process: itself, the models its shape holds at once, and the stage's own work.
 
-    A stage that calibrates holds two layers and the activations of one batch; a merge holds blocks alone.
+    A stage that calibrates holds two layers and the activations of one batch; one that streams a weight or
+    two; a merge blocks alone.
     """
     held = sum(t.numel() * t.element_size() for t in model.tensors().values())
     match method:
@@ -27,6 +28,9 @@ def peak_of(method: Method, model: Model, work: Work, target: Target) -> int:
             width = int(model.config.get("hidden_size", 0))
             inner = int(model.config.get("intermediate_size", 4 * width))
             held = 2 * held // max(1, model.layers) + 4 * STREAMED * (6 * width + 4 * inner)
+        case Rewrite() if method.streams:
+            largest = max((t.numel() * t.element_size() for t in model.tensors().values()), default=0)
+            held = 2 * largest  # what is read, and what is made of it
         case Train():
             held += BACKWARD
     return target.base_bytes + held + work.memory

@@ -57,6 +57,8 @@ class Rewriter:
     def module(self, path: str) -> Any:
         return self.model.module(path)
 
+    present = module  # with its weights in memory, for reading; they may go when the module is dropped
+
     def linear(self, path: str) -> Linear:
         """The dense linear at `path`, for reading; state `dense` in the contract.
 
@@ -65,8 +67,7 @@ class Rewriter:
         """
         module = self.model.module(path)
         if not isinstance(module, Linear | nn.Linear):
-            note = f"it is {type(module).__name__}"
-            raise EffcError(Diagnostic("E401", f"`{path}` is not a dense linear", notes=(note,)))
+            raise EffcError(Diagnostic("E401", f"`{path}` is {type(module).__name__}, not a dense linear"))
         return cast(Linear, module)
 
     def match(self, pattern: Pattern) -> Iterator[Hit]:

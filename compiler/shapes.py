@@ -29,6 +29,9 @@ Losses = Mapping[str, Tensor]
 class Rewrite(Method):
     """Needs nothing but the model: drop, fold, round, tie, factor."""
 
+    streams: ClassVar[bool] = False
+    """Whether weights are read through `rw.present` alone: then no more than a module is in memory."""
+
     def rewrite(self, rw: Rewriter) -> Mapping[str, float] | None:
         """Edit the clone behind `rw`; may return the error it made at each path, for the report."""
         raise NotImplementedError

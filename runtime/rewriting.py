@@ -8,12 +8,16 @@ from effc.compiler.method import Context, Outcome
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
+from effc.runtime.streamed import StreamedRewriter
 
 
 def rewrite(method: Rewrite, model: Model, context: Context) -> Outcome:
-    """Edit a clone; `model` is not changed."""
-    rw = Rewriter(model, method.kind)
-    rw.model.materialize()
+    """Edit a clone; `model` is not changed. Methods that stream leave its weights on disk."""
+    if method.streams and context.workdir is not None:
+        rw: Rewriter = StreamedRewriter(model, method.kind, context.workdir)
+    else:
+        rw = Rewriter(model, method.kind)
+        rw.model.materialize()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         errors = method.rewrite(rw)

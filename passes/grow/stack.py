@@ -43,6 +43,7 @@ class Stack(Rewrite):
         needs=(Fact("dense", "model"),),
         keeps=tuple(Fact(name) for name in ("dense", "sparse", "sparse_2_4", "sparse_4_8")),
     )
+    streams = True
     examples = ("grow.stack(factor = 2)", "grow.stack(factor = 3, order = interleave)")
 
     factor: int = Field(default=2, ge=2, le=8, description="how many times as deep the model becomes")
@@ -88,4 +89,4 @@ class Stack(Rewrite):
 
     def work(self, model: Model, seq: int = 0) -> Work:
         nbytes = sum(t.nbytes for t in model.tensors().values())
-        return Work(disk=nbytes * (1 + self.factor), memory=nbytes)
+        return Work(disk=nbytes * (1 + self.factor))

@@ -100,7 +100,7 @@ class Sparse(Selects):
 
 def zero(rw: Rewriter, path: str, mask: Tensor) -> float:
     """Set the weights under mask [R, i] to zero; returns the share of the weight's norm that is lost."""
-    module = rw.module(path)
+    module = rw.present(path)
     w = matrix(module)
     kept = w.masked_fill(mask, 0)
     whole = w.float().norm()

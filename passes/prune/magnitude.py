@@ -37,6 +37,7 @@ class Magnitude(Sparse, Rewrite):
         section="3",
     )
     contract = SPARSE
+    streams = True
     examples = (
         "prune.magnitude(sparsity = 50%)",
         "prune.magnitude(sparsity = depth(30%, 70%))",
@@ -81,7 +82,7 @@ class Magnitude(Sparse, Rewrite):
         }
         chosen = dict(reversed(list(targets.values())))
         for path in chosen:
-            finite(path, matrix(rw.module(path)))
+            finite(path, matrix(rw.present(path)))
         if self.scope == "global":
             return self._all_at_once(rw, chosen)
         return {path: zero(rw, path, method.mask(_size(rw, path))) for path, method in chosen.items()}
@@ -111,4 +112,4 @@ class Magnitude(Sparse, Rewrite):
 
 
 def _size(rw: Rewriter, path: str) -> Tensor:
-    return matrix(rw.module(path)).float().abs()
+    return matrix(rw.present(path)).float().abs()

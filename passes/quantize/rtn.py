@@ -49,6 +49,7 @@ class RTN(Uniform, Rewrite):
         "quantize.rtn(bits = 3, group = 8, scheme = asymmetric, clip = mse)",
         'quantize.rtn(bits = 4, group = tensor, rules = [{on = "head", bits = 8, group = channel}])',
     )
+    streams = True
     overrides: ClassVar[tuple[str, ...]] = (*Uniform.overrides, "clip")
 
     bits: Annotated[int, Unit("bits")] = Field(default=4, ge=2, le=8, description="bits of a code")
@@ -63,7 +64,7 @@ class RTN(Uniform, Rewrite):
                 if path not in done:
                     module = rw.module(path)
                     unit = packed_unit(module, method.width(method.bits, inputs_of(module)))
-                    errors |= method.round_into(unit, path, matrix(module))
+                    errors |= method.round_into(unit, path, matrix(rw.present(path)))
                     done |= place(rw, path, unit, ties)
         return errors
 
