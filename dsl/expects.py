@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from difflib import get_close_matches
 
 from effc.dsl import tree
+from effc.dsl.names import Names
 from effc.dsl.numbers import near_unit
-from effc.dsl.place import Place
+from effc.dsl.place import Place, Unfit
+from effc.dsl.scope import described
 from effc.dsl.values import Values
 from effc.specs.catalogue import Form
 from effc.specs.diagnostic import Diagnostic, Label
@@ -21,6 +24,7 @@ _ACCURACY = "points"
 def expect(statement: tree.Expect, values: Values, data_kinds: dict[str, str]) -> Expect | None:
     """The checked comparison, None when something is wrong. `data_kinds`: data binding -> its source."""
     before = len(values.problems)
+    statement = replace(statement, left=_plain(statement.left, values), right=_plain(statement.right, values))
     metrics = [_metric(side.base, values, data_kinds) for side in (statement.left, statement.right)]
     if len(values.problems) > before or any(
         metric is None and not isinstance(side.base, tree.Number)
@@ -58,6 +62,22 @@ def expect(statement: tree.Expect, values: Values, data_kinds: dict[str, str]) -
     return Expect(text, sides[0], statement.op, sides[1], statement.span)  # type: ignore[arg-type]
 
 
+def _plain(side: tree.Side, values: Values) -> tree.Side:
+    """The side with the number that a constant stands for in its place; the span stays that of the name."""
+    found = values.scope.constant(side.base.text) if isinstance(side.base, tree.Name) else None
+    if found is None:
+        return side
+    owner, constant = found
+    constant.used = True
+    try:
+        value = Names(owner, values.catalogue, values.problems, values.kinds, values.used).behind(
+            constant.value
+        )
+    except Unfit:
+        return side
+    return replace(side, base=replace(value, span=side.base.span)) if isinstance(value, tree.Number) else side
+
+
 def _metric(
     node: tree.Name | tree.Call | tree.Number, values: Values, data_kinds: dict[str, str]
 ) -> Metric | None:
@@ -66,14 +86,14 @@ def _metric(
     word = node.name if isinstance(node, tree.Call) else tree.Word(node.text, node.span)
     model, dot, metric = word.text.rpartition(".")
     if not dot or (metric not in MEASURES and values.scope.binding(word.text)):
-        if isinstance(node, tree.Name) and values.scope.constant(word.text):
+        if isinstance(node, tree.Name) and (constant := values.scope.constant(word.text)):
+            written = constant[1].value
             values.report(
                 "E220",
-                f"`{word.text}` is a constant, and expects compare metrics with written numbers",
+                f"`{word.text}` is {described(written)}, and metrics are compared with numbers",
                 word.span,
-                help_="write the number itself",
+                help_=f"write let {word.text} = NUMBER",
             )
-            values.scope.constant(word.text)[1].used = True  # type: ignore[index]
             return None
         values.report(
             "E219",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,14 +21,14 @@ class Chat(Sequences):
     Every message has a `role` (system, user, assistant) and a `content`.
     """
 
-    examples: ClassVar[tuple[str, ...]] = ('chat("talks.jsonl", messages = "messages", template = "model")',)
+    examples: ClassVar[tuple[str, ...]] = ('chat("talks.jsonl", messages = "messages", template = model)',)
 
     path: str = Field(min_length=1, description="file, folder or glob")
     messages: str = Field(
         default="messages", min_length=1, description="the field that holds the list of messages"
     )
-    template: str = Field(
-        default="model", description="`model` for the template of the model, or a jinja file"
+    template: Literal["model"] | str = Field(
+        default="model", description="`model` for the template of the model, or a jinja file in quotes"
     )
 
     def documents(self, vocabulary: Vocabulary) -> Sequence[Document]:
