@@ -198,3 +198,15 @@ def test_time_grows_with_length_alone() -> None:
 
     seconds(50)
     assert seconds(500) < 8 * seconds(125)
+
+
+def test_check_costs_less_than_a_third_of_a_second_beyond_pythons_own_start() -> None:
+    def seconds(*words: str) -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *words], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    catalogue()
+    start = min(seconds("-c", "pass") for _ in range(2))
+    assert min(seconds("-m", "effc", "check", str(QUICKSTART)) for _ in range(3)) - start < 0.3
