@@ -11,6 +11,8 @@ ROLES = (
     "embedding",
     "embedding.position",
     "embedding.type",
+    "embedding.patch",
+    "embedding.class",
     "norm",
     "attention",
     "attention.q",
@@ -34,7 +36,7 @@ ROLES = (
 """Every role name there is; the last three belong to traced modules."""
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
-_LAST = {"position": "embedding.position", "token_type": "embedding.type"}
+_LAST = {"position": "embedding.position", "token_type": "embedding.type", "cls": "embedding.class"}
 
 
 @dataclass(frozen=True, slots=True, order=True)

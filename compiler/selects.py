@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DEFAULT = ("attention", "mlp", "moe.experts", "linear")
 """Roles touched when nothing is selected: never embedding, head, router or norm. `linear`: traced modules."""
 
-_NO_MATRIX = ("norm", "embedding.position", "embedding.type")
+_NO_MATRIX = ("norm", "embedding.position", "embedding.type", "embedding.class")
 """Roles that no selecting method touches."""
 
 

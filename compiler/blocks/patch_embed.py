@@ -54,8 +54,9 @@ class PatchEmbed(Unit):
         return 1 + (pixels.shape[2] // self.patch_size) * (pixels.shape[3] // self.patch_size)
 
     def expand(self, ops: Ops, x: Value) -> Value:
-        y = ops.inline("patch", self.patch, ops("patches", x, size=self.patch_size))
-        y = ops("prepend", y, ops.weight("cls.weight"))
+        first = ops.weight("cls.weight")
+        tiles = ops("cast_like", ops("patches", x, size=self.patch_size), first)
+        y = ops("prepend", ops.inline("patch", self.patch, tiles), first)
         return ops("add", y, ops.inline("position", self.position, ops("positions", ops.step)))
 
     def forward(self, pixels: Tensor, step: Step) -> Tensor:
@@ -63,7 +64,7 @@ class PatchEmbed(Unit):
         batch, channels, height, width = pixels.shape
         tiles = pixels.view(batch, channels, height // p, p, width // p, p)
         flat = tiles.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * p * p)
-        x = self.patch(flat)
+        x = self.patch(flat.to(self.cls.weight.dtype))
         first = self.cls.weight.expand(batch, 1, self.width)
         out: Tensor = torch.cat((first, x), 1) + self.position(step.positions)
         return out

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from effc.compiler.architecture import architecture
 from effc.compiler.blocks import Linear, LoraLinear, QuantLinear
 from effc.compiler.blocks.quant_linear import WHOLE, Packed
 from effc.compiler.checkpoint_write import write_folder
@@ -150,6 +151,9 @@ def settings(model: Model, names: dict[str, str]) -> dict[str, Any]:
             groups.setdefault(_kind(unit), []).append(names[path])
         elif isinstance(unit, Linear) and path in names:
             ignored.append(names[path])
+    prefix = architecture(model.architecture).prefix
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in model.beside):
+        ignored += dict.fromkeys((module, module.removeprefix(prefix)))  # as a part and as the whole
     return {
         "quant_method": "compressed-tensors",
         **({"dequantize": True} if _shifted(groups) else {}),

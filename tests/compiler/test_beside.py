@@ -16,8 +16,11 @@ from effc.compiler.exporter import emitted, left_behind, stored_tensors
 from effc.compiler.importer import import_folder
 from effc.compiler.method import Outcome
 from effc.compiler.model import Model
+from effc.compiler.probe import probe
 from effc.compiler.rewrite import Rewriter
+from effc.passes.quantize.rtn import RTN
 from effc.runtime import artifact
+from effc.runtime.exports.compressed_tensors import CompressedTensors
 from effc.runtime.exports.hf import Hf
 from effc.runtime.smaller import smaller
 from effc.runtime.store import Store
@@ -88,8 +91,9 @@ def test_heads_and_poolers_come_out_as_they_went_in(name: str, tmp_path: Path) -
     assert torch.equal(answer(again.eval()), answer(theirs))
 
 
-def test_they_pass_through_edits_the_store_and_an_artefact(tmp_path: Path) -> None:
-    source("BertForSequenceClassification", tmp_path / "in")
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "ViTForImageClassification"])
+def test_they_pass_through_edits_the_store_and_an_artefact(name: str, tmp_path: Path) -> None:
+    source(name, tmp_path / "in")
     first = import_folder(tmp_path / "in").materialize()
     wanted = {name: lazy.read() for name, lazy in first.beside.items()}
     rw = Rewriter(first)
@@ -100,7 +104,7 @@ def test_they_pass_through_edits_the_store_and_an_artefact(tmp_path: Path) -> No
     for model in (kept, last):
         assert model.beside.keys() == wanted.keys()
         assert all(torch.equal(model.beside[n].read(), t) for n, t in wanted.items())
-    assert emitted(last)["architectures"] == ["BertForSequenceClassification"]
+    assert emitted(last)["architectures"] == [name]
     assert not artifact.check(tmp_path / "model.effc")
 
 
@@ -134,3 +138,25 @@ def test_a_small_copy_has_no_head_and_names_no_class_that_needs_one(tmp_path: Pa
     small = smaller(import_folder(tmp_path / "in")).materialize()
     assert emitted(small)["architectures"] == ["ViTModel"]
     assert not [n for n in read_folder(written(small, tmp_path / "out")) if "classifier" in n]
+
+
+def test_packing_leaves_heads_dense_and_says_so(tmp_path: Path) -> None:
+    source("BertForSequenceClassification", tmp_path / "in")
+    rw = Rewriter(import_folder(tmp_path / "in").materialize())
+    RTN(bits=8, group=16).rewrite(rw)
+    packed = rw.done()
+    CompressedTensors(path=str(tmp_path / "out")).write(packed, tmp_path / "out")
+    ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert {"classifier", "bert.pooler.dense", "pooler.dense"} <= set(ignored)
+    assert "classifier.weight" in read_folder(tmp_path / "out")
+
+
+def test_the_probes_of_an_image_encoder_are_images(tmp_path: Path) -> None:
+    source("ViTModel", tmp_path / "in")
+    before = import_folder(tmp_path / "in").materialize()
+    rw = Rewriter(before)
+    rw.tie("layers.1.mlp.up", "layers.0.mlp.up")
+    method = RTN(bits=8, group=16)
+    method.rewrite(rw)
+    error = probe(method, before, rw.done()).error
+    assert 0 < error < 1
