@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effc.compiler.blocks import PatchEmbed
 from effc.compiler.contract import EXACT_FLOAT32, Contract
 from effc.compiler.facts import facts_of, holds
 from effc.compiler.method import Method
@@ -90,9 +91,13 @@ def broken(method: Method, before: Model, after: Model, contract: Contract) -> l
 
 
 def random_ids(model: Model, seed: int) -> list[Tensor]:
-    """Token ids of the model's vocabulary, in two shapes."""
-    vocabulary = int(getattr(model.module("embedding"), "vocab", 2))
+    """Token ids of the model's vocabulary, in two shapes; images for a model that takes them."""
+    embedding = model.module("embedding")
     stream = torch.Generator().manual_seed(seed)
+    if isinstance(embedding, PatchEmbed):
+        size = embedding.channels, embedding.image, embedding.image
+        return [torch.randn(rows, *size, generator=stream) for rows, _ in SHAPES]
+    vocabulary = int(getattr(embedding, "vocab", 2))
     return [torch.randint(0, vocabulary, shape, generator=stream) for shape in SHAPES]
 
 
