@@ -55,6 +55,9 @@ class Sources(Protocol):
         """Why the export's format cannot express the model."""
         ...
 
+    def missing(self, binding: Binding) -> Sequence[Diagnostic]:
+        """Files that a `data` binding names and that are not there."""
+
     def disk_free(self) -> int:
         """Bytes free where the store lies."""
         ...
@@ -145,6 +148,8 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
     stages: list[StagePlan] = []
     problems: list[Diagnostic] = []
     for binding in recipe.bindings:
+        if binding.value == "data":
+            problems += [placed(d, binding.call) for d in sources.missing(binding)]
         if binding.value != "model":
             continue
         staged = None

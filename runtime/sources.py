@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from effc.compiler.exporter import main_dtype
 from effc.compiler.model import Model
 from effc.compiler.plan import Staged
 from effc.runtime.bind import spec_of, staged
+from effc.runtime.data._files import find
 from effc.runtime.load import open_model
 from effc.runtime.machine import disk_free
-from effc.specs.diagnostic import Diagnostic
+from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.recipe import Binding, Export, Recipe, Ref
 
 
@@ -37,6 +39,14 @@ class Files:
     def refuses(self, export: Export, model: Model) -> Sequence[Diagnostic]:
         found: Sequence[Diagnostic] = spec_of("export", export.call).refuses(model)
         return found
+
+    def missing(self, binding: Binding) -> Sequence[Diagnostic]:
+        try:
+            if isinstance(path := getattr(spec_of("data", binding.call), "path", None), str):
+                find(path)
+        except EffcError as problem:
+            return [replace(d, about=d.about or "path") for d in problem.diagnostics]
+        return ()
 
     def disk_free(self) -> int:
         return disk_free(self.store)

@@ -58,6 +58,9 @@ class Hand:
     def refuses(self, export: Export, model: Model) -> Sequence[Diagnostic]:
         return [d for name, d in self.export_problems.items() if name == export.call.kind]
 
+    def missing(self, binding: Binding) -> Sequence[Diagnostic]:
+        return ()
+
     def disk_free(self) -> int:
         return self.free
 

@@ -28,12 +28,12 @@ def verb(recipe: Path) -> str:
 
 
 def said(recipe: Path, capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command of the first line says about the recipe, on stderr."""
+    """What the command of the first line says about the recipe, on stderr; HERE is its folder."""
     first = recipe.read_bytes().partition(b"\n")[0].decode()
     program, verb, *rest = shlex.split(first.removeprefix("#"))
     assert program == "effc"
     main([verb, recipe.name, *rest])
-    return capsys.readouterr().err
+    return capsys.readouterr().err.replace(str(GOLDEN), "HERE")
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.name)
