@@ -35,6 +35,8 @@ class Probe:
     """Largest error over all probe inputs, in the model's own dtype."""
     error_float64: float | None
     """The same where the stage edits a float64 clone of the model; measured for EXACT alone."""
+    error_float32: float | None
+    """The same on a float32 clone: rounding to half precision is the dtype's error, not the stage's."""
     broken: tuple[str, ...]
     """Promised facts that do not hold."""
     facts: Mapping[str, bool]
@@ -46,7 +48,7 @@ class Probe:
         if self.broken:
             return False
         if self.error_float64 is not None:
-            return self.error_float64 <= (self.limit or 0.0) and self.error <= EXACT_FLOAT32
+            return self.error_float64 <= (self.limit or 0.0) and (self.error_float32 or 0.0) <= EXACT_FLOAT32
         return self.limit is None or self.error <= self.limit
 
     def as_json(self) -> dict[str, Any]:
@@ -55,6 +57,7 @@ class Probe:
             "limit": self.limit,
             "error": self.error,
             "error_float64": self.error_float64,
+            "error_float32": self.error_float32,
             "broken": list(self.broken),
             "facts": dict(self.facts),
             "held": self.held,
@@ -70,16 +73,14 @@ def probe(
     exact = contract.fidelity.name == "EXACT"
     with torch.no_grad():
         error = max(difference(before(ids), after(ids)) for ids in inputs)
-        wide = None
-        if exact:
-            left = widened(before)
-            right = _again(method, left) if isinstance(method, Rewrite) else widened(after)
-            wide = max(difference(left(ids), right(ids)) for ids in inputs)
+        wide = _error_in(torch.float64, method, before, after, inputs) if exact else None
+        single = _error_in(torch.float32, method, before, after, inputs) if exact else None
     return Probe(
         str(contract.fidelity),
         contract.fidelity.tolerance,
         error,
         wide,
+        single,
         tuple(broken(method, before, after, contract)),
         facts_of(after),
     )
@@ -111,17 +112,26 @@ def difference(before: Tensor, after: Tensor) -> float:
     return gap / span if span > 0 else (0.0 if gap == 0 else float("inf"))
 
 
+def _error_in(
+    dtype: torch.dtype, method: Method, before: Model, after: Model, inputs: Sequence[Tensor]
+) -> float:
+    """The error of the same stage on clones in `dtype`."""
+    left = widened(before, dtype)
+    right = _again(method, left) if isinstance(method, Rewrite) else widened(after, dtype)
+    return max(difference(left(ids), right(ids)) for ids in inputs)
+
+
 def _again(method: Rewrite, model: Model) -> Model:
-    """The same edit made in float64, so that rounding to the model's dtype does not count as an error."""
+    """The same edit in this model's dtype: rounding to a narrower one is no error of the stage."""
     rw = Rewriter(model, method.kind)
     method.rewrite(rw)
     return rw.done()
 
 
-def widened(model: Model) -> Model:
-    """A clone whose floating-point tensors are float64."""
+def widened(model: Model, dtype: torch.dtype = torch.float64) -> Model:
+    """A clone whose floating-point tensors are of `dtype`."""
     clone = model.clone()
     for name, tensor in clone.tensors().items():
         if tensor.is_floating_point():
-            clone.place(name, tensor.double())
+            clone.place(name, tensor.to(dtype))
     return clone

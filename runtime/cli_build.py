@@ -36,7 +36,7 @@ def compile(options: argparse.Namespace) -> int:
 
     found = front.checked(options.recipe, options.params)
     planned = [_planned(each, options, weights=True) for each in found]
-    watch = observer(json_lines=False, quiet=options.quiet or options.json)
+    watch = observer(json_lines=options.json, quiet=options.quiet)
     records, failed = [], False
     for each, expected in zip(found, planned, strict=True):
         result = front.compile(each.recipe, options.store, options.device, options.tiny, [watch])

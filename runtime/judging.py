@@ -99,6 +99,7 @@ class Judging:
             return {
                 "error": found.error,
                 "error_float64": found.error_float64,
+                "error_float32": found.error_float32,
                 "held": found.held,
                 "broken": list(found.broken),
                 "facts": facts,

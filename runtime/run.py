@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from effc.compiler.contract import EXACT_FLOAT32
 from effc.compiler.cost import count
 from effc.compiler.method import Context, Method
 from effc.compiler.model import Model
@@ -236,8 +237,14 @@ def _seed(binding: Binding) -> int:
 
 def _broken(binding: Binding, contract: Mapping[str, Any]) -> Diagnostic:
     span = binding.call.span or binding.span
-    limit = contract["tolerance"]
-    notes = [f"error {contract['error']:.3g}" + (f", at most {limit:.3g} is promised" if limit else "")]
+    limit, wide = contract["tolerance"], contract.get("error_float64")
+    if wide is None:
+        notes = [f"error {contract['error']:.3g}" + (f", at most {limit:.3g} is promised" if limit else "")]
+    else:
+        notes = [f"error {wide:.3g} in float64, at most {limit:.3g} is promised"]
+        notes += [
+            f"error {contract['error_float32']:.3g} in float32, at most {EXACT_FLOAT32:.3g} is promised"
+        ]
     notes += [f"does not hold: {fact}" for fact in contract.get("broken", ())]
     title = f"`{binding.name}` did not keep the contract {contract['fidelity']} of `{binding.call.kind}`"
     return Diagnostic("E302", title, (Label(span),) if span else (), tuple(notes))

@@ -13,6 +13,7 @@ from effc.compiler.graph_json import from_json, to_json
 from effc.compiler.method import Batch, Context
 from effc.compiler.model import Model
 from effc.compiler.op_graph import evaluate, expand
+from effc.compiler.probe import probe
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.sharing import tie
 from effc.passes.adapt.fold import Fold
@@ -211,3 +212,20 @@ def test_its_ops_equal_its_forward() -> None:
     x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
     step = made().step(torch.zeros(2, 5, dtype=torch.int64))
     assert torch.equal(evaluate(expand(block), block, x, step)[0], block(x))
+
+
+def test_folding_into_half_precision_keeps_the_contract_and_a_wrong_fold_does_not() -> None:
+    model = stirred(adapted(Lora(data=DATA, steps=1), made(dtype="bfloat16")))
+    kept = probe(Fold(), model, folded(model))
+    assert kept.error > 1e-4, "bfloat16 rounds the sum; that alone may not break the promise"
+    assert kept.held
+    assert kept.error_float32 is not None
+    assert kept.error_float32 < 1e-4
+
+    class Half(Fold):
+        def rewrite(self, rw: Rewriter) -> None:
+            super().rewrite(rw)
+            path = "layers.0.attention.q"
+            rw.write(path, "weight", rw.module(path).weight * 1.01)
+
+    assert not probe(Half(), model, folded(model)).held
