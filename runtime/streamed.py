@@ -19,6 +19,10 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.weights import LazyTensor, Stored
 from effc.runtime import durable
 from effc.runtime.durable import refused
+from effc.runtime.peak import give_back
+
+TRIM = 32 << 20
+"""Bytes written between two times that freed memory goes back to the system; the C library keeps it else."""
 
 
 class StreamedRewriter(Rewriter):
@@ -27,7 +31,7 @@ class StreamedRewriter(Rewriter):
     def __init__(self, model: Model, origin: str, folder: Path) -> None:
         super().__init__(model, origin)
         self.folder = folder
-        self._count = 0
+        self._count = self._written = 0
         self._real: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         """Spilled tensors that the method still holds, by identity: units that share one stay tied."""
         self._stands: dict[int, Tensor] = {}
@@ -72,6 +76,10 @@ class StreamedRewriter(Rewriter):
         """Write a tensor to a file of its own; what a stopped run left there is replaced."""
         path = self.folder / f"rewritten-{self._count:06d}.safetensors"
         self._count += 1
+        self._written += tensor.numel() * tensor.element_size()
+        if self._written > TRIM:
+            self._written = 0
+            give_back()
         try:
             path.unlink(missing_ok=True)  # the store may share the old file
             with path.open("wb") as file:

@@ -26,6 +26,7 @@ class Artifact(Export):
     `effc run`, `bench`, `show`, `diff` and `verify` take it, and `load` reads it into another recipe.
     """
 
+    readable = True
     examples: ClassVar[tuple[str, ...]] = ('artifact("out/small.effc")',)
 
     path: str = Field(min_length=1, description="the folder to write, by custom NAME.effc")

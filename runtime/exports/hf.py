@@ -29,6 +29,7 @@ class Hf(Export):
     refused unless `dense = true`, which writes the numbers they stand for and gives up what packing saved.
     """
 
+    readable = True
     examples: ClassVar[tuple[str, ...]] = ('hf("out/small")', 'hf("out/small", dense = true)')
 
     path: str = Field(min_length=1, description="the folder to write")
