@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from effc.specs.source import Source, Span
+from effc.specs.units import fmt_bytes, fmt_count, fmt_seconds
 
 Kind = Literal["model", "data", "report"]
 Keyword = Literal["model", "data", "stage"]
@@ -179,9 +180,18 @@ def judge(expect: Expect, measured: Callable[[Metric], float]) -> Judgement:
     }[expect.op]  # fmt: skip
     verdict = "holds" if holds else "fails"
     margin = f", {abs(left - right) / abs(right):.1%} {_apart(left, right)}" if right else ""
-    return Judgement(
-        holds, left, right, f"{expect.text}: {left:.6g} {expect.op} {right:.6g} {verdict}{margin}"
-    )
+    shown = _printed(next((metric.metric for metric in expect.metrics()), ""))
+    words = f"{expect.text}: {shown(left)} {expect.op} {shown(right)} {verdict}{margin}"
+    return Judgement(holds, left, right, words)
+
+
+def _printed(metric: str) -> Callable[[float], str]:
+    """How numbers of this metric are printed: 3.91 MB rather than 3.9081e+06."""
+    known: dict[str, Callable[[float], str]] = {
+        "bytes": fmt_bytes, "kv_bytes": fmt_bytes, "params": fmt_count, "flops": fmt_count,
+        "latency": fmt_seconds,
+    }  # fmt: skip
+    return known.get(metric, lambda number: f"{number:.6g}")
 
 
 def _side(side: Side, measured: Callable[[Metric], float]) -> float:
