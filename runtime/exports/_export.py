@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +24,7 @@ from effc.compiler.model import Model
 from effc.compiler.presence import computed
 from effc.runtime.consumer import Answer
 from effc.runtime.durable import refused, sync_folder
+from effc.runtime.exports._aside import OLD, aside
 from effc.runtime.load import load
 from effc.runtime.machine import memory_bytes
 from effc.specs.base import Spec
@@ -127,20 +126,16 @@ class Export(Spec):
         _refuse_foreign(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            with aside(target) as folder:
+                made = folder / target.name
+                self.write(model.clone(), made)
+                if made.is_dir():
+                    mark = {"export": self.kind, "effc": version("effc")}
+                    (made / MARK).write_text(json.dumps(mark) + "\n")
+                verdict = self.verify(made, model.clone()) if _fits(model) else self._read_again(made, model)
+                _settle(made, target, folder / OLD)
         except OSError as problem:
             raise refused(problem, target) from problem
-        try:
-            made = aside / target.name
-            self.write(model.clone(), made)
-            if made.is_dir():
-                (made / MARK).write_text(json.dumps({"export": self.kind, "effc": version("effc")}) + "\n")
-            verdict = self.verify(made, model.clone()) if _fits(model) else self._read_again(made, model)
-            _settle(made, target, aside / "old")
-        except OSError as problem:
-            raise refused(problem, target) from problem
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
         return verdict
 
     def _read_again(self, place: Path, model: Model) -> Verdict:
