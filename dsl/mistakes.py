@@ -96,6 +96,8 @@ def _said(
         return "nothing stands after `=`", "write a value, or family.method(...)"
     if wrong.type == "$END" and place == 1:
         return f"a line holds only `{first}`", "write NAME = family.method(...)"
+    if "$END" in due and first == "recipe" and wrong.text.startswith("-"):
+        return f"{found} cannot stand in a name", "join the words of a name by `_`"
     if "$END" in due and not due & {"COMMA", "SIGN"}:
         return f"{found} follows a finished statement", "begin a new line for a new statement"
     if first in _FORMS and place <= 3:

@@ -29,11 +29,8 @@ def check(options: argparse.Namespace) -> int:
         print("\n\n".join(warnings), file=sys.stderr)
     recipe = found[0].recipe
     stages = sum(b.keyword == "stage" for b in recipe.bindings)
-    parts = [
-        f"{stages} stage{'s' * (stages != 1)}",
-        f"{len(recipe.expects)} expects",
-        f"{len(recipe.exports)} exports",
-    ]
+    counts = {"stage": stages, "expect": len(recipe.expects), "export": len(recipe.exports)}
+    parts = [f"{n} {word}{'s' * (n != 1)}" for word, n in counts.items()]
     times = f", {len(found)} combinations of params" if len(found) > 1 else ""
     print(f"{recipe.name}: {', '.join(parts)}{times}: no problem found")
     return 0
