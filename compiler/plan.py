@@ -57,6 +57,7 @@ class Sources(Protocol):
 
     def missing(self, binding: Binding) -> Sequence[Diagnostic]:
         """Files that a `data` binding names and that are not there."""
+        ...
 
     def disk_free(self) -> int:
         """Bytes free where the store lies."""

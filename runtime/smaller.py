@@ -81,7 +81,7 @@ class _Sizes:
             most, before = (min(s["in_features"], s["out_features"]) for s in (new, spec))
             new["rank"] = max(1, min(most, round(new["rank"] * most / before)))
         if "group" in new and new["group"] != WHOLE:
-            before, inputs = (s.get("in_features", s.get("width")) for s in (spec, new))
+            before, inputs = (int(s.get("in_features") or s["width"]) for s in (spec, new))
             new["group"] = inputs if new["group"] == before else math.gcd(new["group"], inputs)
         return new
 

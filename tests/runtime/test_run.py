@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import signal
 import time
@@ -16,7 +15,7 @@ from effc.runtime import closure, gates, training_state
 from effc.runtime.artifact import story
 from effc.runtime.cache import gc, ls, ls_text, why_miss, why_text
 from effc.runtime.front import parse
-from effc.runtime.progress import Event, JsonLines, Lines, Live, sentence
+from effc.runtime.progress import Event
 from effc.runtime.stopping import Stopping
 from effc.specs.diagnostic import EffcError
 
@@ -277,57 +276,3 @@ def test_a_unit_that_does_not_end_is_cut_short_within_two_seconds() -> None:
         endless()
     assert 0.5 < time.perf_counter() - start < 2
     assert signal.getsignal(signal.SIGINT) is before
-
-
-# ---- showing
-
-
-EVENTS = [
-    Event("start", "heal", "distill.logits"),
-    Event("progress", "heal", done=1, of=4, unit="steps"),
-    Event("progress", "heal", done=3, of=4, unit="steps"),
-    Event("done", "heal", seconds=2.0),
-    Event("cached", "small"),
-    Event("waiting", "side", "process 7"),
-]
-
-
-def test_a_pipe_gets_plain_lines_with_rate_and_time_left() -> None:
-    out = io.StringIO()
-    show = Lines(out, every=0.0)
-    for event in EVENTS:
-        show(event)
-        time.sleep(0.002)
-    lines = out.getvalue().splitlines()
-    assert lines[0] == "heal: distill.logits"
-    assert lines[1] == "heal: 1 of 4 steps"
-    assert lines[2].startswith("heal: 3 of 4 steps, ")
-    assert lines[2].endswith("left")
-    assert lines[4] == "small: taken from the store"
-    assert lines[5] == "side: waits for process 7, which works on the same stage"
-
-
-def test_machines_get_json_lines() -> None:
-    out = io.StringIO()
-    show = JsonLines(out)
-    for event in EVENTS:
-        show(event)
-    rows = [json.loads(line) for line in out.getvalue().splitlines()]
-    assert rows[1] == {"event": "progress", "name": "heal", "done": 1, "of": 4, "unit": "steps"}
-
-
-def test_a_terminal_gets_a_bar_and_a_line_for_what_is_done() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    out = Terminal()
-    show = Live(out)
-    for event in EVENTS:
-        show(event)
-    assert "heal: done in 2 s" in out.getvalue()
-    assert "3 of 4 steps" in out.getvalue()
-
-
-def test_every_event_has_a_sentence() -> None:
-    assert all(event.name in sentence(event) for event in EVENTS)

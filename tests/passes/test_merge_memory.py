@@ -1,0 +1,73 @@
+"""A merge needs memory for its pieces, not for its models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from effc.compiler.architecture import architecture
+from effc.compiler.checkpoint_write import SafetensorsWriter
+from effc.compiler.importer import build
+from effc.compiler.places import places
+
+MEASURE = """
+import sys
+from pathlib import Path
+from effc.compiler.importer import import_folder
+from effc.compiler.method import Context
+from effc.passes.merge.linear import Linear
+from effc.passes.merge.ties import Ties
+from effc.runtime.merge import merge
+from effc.specs.recipe import Ref
+
+
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
+
+
+models = [import_folder(Path(sys.argv[1])) for _ in range(3)]
+before = peak()
+merge(Linear(), models, Context(workdir=Path(sys.argv[2])))
+merge(Ties(base=Ref("base")), models[1:], Context(workdir=Path(sys.argv[2]), models={"base": models[0]}))
+print(before, peak())
+"""
+
+LARGE = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 12,
+    "vocab_size": 32000,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_models(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    family = architecture("llama")
+    model = build(family, LARGE, torch.bfloat16)
+    tensors = model.tensors()
+    layout = {p.name: (tuple(tensors[n].shape), tensors[n].dtype) for n, p in places(family, model).items()}
+    with SafetensorsWriter(folder / "model.safetensors", layout) as file:
+        for name, (shape, dtype) in layout.items():
+            file.put(name, torch.full(shape, 0.5, dtype=dtype))
+    (folder / "config.json").write_text(json.dumps(LARGE))
+    stored = (folder / "model.safetensors").stat().st_size / 1e6
+    out = tmp_path / "out"
+    out.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(folder), str(out)], capture_output=True, text=True, check=True
+    )
+    before, peak = map(float, done.stdout.split())
+    assert stored > 80
+    assert peak - before < 64
+    assert peak < (3 + 2) * 64 + 400
