@@ -77,6 +77,20 @@ def test_a_run_killed_at_thirty_moments_goes_on_to_the_same_bytes(work: Workplac
         killed_and_resumed(killer, moment, whole)
 
 
+def test_runs_in_two_stores_and_one_killed_export_the_same_bytes(work: Workplace, killer: Killer) -> None:
+    def exported() -> dict[str, bytes]:
+        return {name: (work.folder / "out" / "small.effc" / name).read_bytes() for name in WEIGHTS}
+
+    total = killer.moments(*COMMAND)
+    whole, first = ends(work.folder), exported()
+    (work.folder / "store").rename(work.folder / "elsewhere")
+    shutil.rmtree(work.folder / "out")
+    assert killer.run(*COMMAND) == 0, killer.log.read_text()[-2000:]
+    assert exported() == first
+    killed_and_resumed(killer, total // 2, whole)
+    assert exported() == first
+
+
 def test_a_run_killed_again_and_again_still_ends(work: Workplace, killer: Killer) -> None:
     killer.moments(*COMMAND)
     whole = ends(work.folder)
