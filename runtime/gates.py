@@ -121,7 +121,7 @@ class Gates:
         name = f"{export.call.kind} of {export.model}"
         self.tell("start", name, "is written and verified")
         start = perf_counter()
-        with placed(export.call.span or export.span):
+        with placed(export.call.span or export.span, export.call):
             format_ = spec_of("export", export.call)
             if isinstance(format_, Artifact):
                 judged = [self._judged[i] for i in sorted(self._judged)]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from effc.compiler.model import Model
+from effc.compiler.placed import placed as placed_in
 from effc.runtime import tiny as small
 from effc.runtime.bind import spec_of
 from effc.runtime.load import open_model
@@ -17,7 +18,7 @@ from effc.runtime.objects import hash_of, identity_of
 from effc.runtime.remembered import Remembered
 from effc.runtime.store import Store, content_of
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
-from effc.specs.recipe import Binding, Recipe, Ref, refs
+from effc.specs.recipe import Binding, Call, Recipe, Ref, refs
 from effc.specs.source import Span
 
 
@@ -45,7 +46,7 @@ class Opening:
         files = dict(model.tokenizer.files) if model.tokenizer else {}
         key = (name, str(sorted(hash(item) for item in files.items())))
         if key not in self._data:
-            with placed(binding.call.span or binding.span):
+            with placed(binding.call.span or binding.span, binding.call):
                 source = spec_of("data", binding.call)
                 place = self.store.folder
                 opened = small.open_data(source, files, place) if self.tiny else source.open(files, place)
@@ -88,12 +89,14 @@ class Opening:
 
 
 @contextmanager
-def placed(span: Span | None) -> Iterator[None]:
-    """Let diagnostics that know no place point here."""
+def placed(span: Span | None, call: Call | None = None) -> Iterator[None]:
+    """Let diagnostics that know no place point at the argument of the call that they name, or else here."""
     try:
         yield
     except EffcError as error:
-        if span is None:
-            raise
-        found = (d if d.labels else replace(d, labels=(Label(span),)) for d in error.diagnostics)
-        raise EffcError(*found) from error
+        raise EffcError(*(_pointing(d, span, call) for d in error.diagnostics)) from error
+
+
+def _pointing(diagnostic: Diagnostic, span: Span | None, call: Call | None) -> Diagnostic:
+    told = diagnostic if call is None or not diagnostic.about else placed_in(diagnostic, call)
+    return told if told.labels or span is None else replace(told, labels=(Label(span),))

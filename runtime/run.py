@@ -85,7 +85,7 @@ class Run:
                 raise KeyboardInterrupt
             if self.gates.cancels(binding):
                 continue
-            with placed(binding.call.span or binding.span):
+            with placed(binding.call.span or binding.span, binding.call):
                 self.compiled.stages.append(self.binding(binding))
             self.gates.judge()
             self.gates.export()

@@ -126,6 +126,7 @@ class Wanda(Sparse, Calibrate):
                     "E421",
                     f"{path} never ran on the calibration data",
                     help="use other data or more samples, or leave the module out with `except`",
+                    about="data",
                 )
             )
         return size * _norms(seen[path])

@@ -102,6 +102,7 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
                     f"tried {method.damp:g} to 0.1 of the mean of the diagonal; {first.moment.rows} inputs",
                 ),
                 help="use more samples, or leave the module out with `except`",
+                about="damp",
             )
         )
     u, _ = found

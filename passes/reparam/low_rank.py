@@ -158,6 +158,7 @@ class LowRank(Selects, Calibrate):
                     "E421",
                     f"{path} never ran on the calibration data",
                     help="use other data or more samples, or leave the module out with `except`",
+                    about="data",
                 )
             )
         c = moment.mean().double()
