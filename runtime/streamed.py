@@ -19,10 +19,12 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.weights import LazyTensor, Stored
 from effc.runtime import durable
 from effc.runtime.durable import refused
-from effc.runtime.peak import give_back
+from effc.runtime.peak import trim
 
-TRIM = 32 << 20
-"""Bytes written between two times that freed memory goes back to the system; the C library keeps it else."""
+TRIM = 4 << 20
+"""Bytes read and written between two times that freed memory goes back to the system: the C library keeps
+it else, and the temporaries of a matrix are many times its size.
+"""
 
 
 class StreamedRewriter(Rewriter):
@@ -31,7 +33,7 @@ class StreamedRewriter(Rewriter):
     def __init__(self, model: Model, origin: str, folder: Path) -> None:
         super().__init__(model, origin)
         self.folder = folder
-        self._count = self._written = 0
+        self._count = self._passed = 0
         self._real: WeakValueDictionary[int, Tensor] = WeakValueDictionary()
         """Spilled tensors that the method still holds, by identity: units that share one stay tied."""
         self._stands: dict[int, Tensor] = {}
@@ -40,7 +42,9 @@ class StreamedRewriter(Rewriter):
         """The same, as the books have it: identity of a stand-in -> (its source, no former name)."""
 
     def present(self, path: str) -> Any:
-        return loaded(self.model, path)
+        module = loaded(self.model, path)
+        self._pass(sum(t.numel() * t.element_size() for t in module.parameters() if not t.is_meta))
+        return module
 
     def write(self, path: str, name: str, tensor: Tensor, detail: str = "") -> None:
         super().write(path, name, tensor, detail)
@@ -72,14 +76,18 @@ class StreamedRewriter(Rewriter):
         self._fresh |= self._sources.keys()
         super()._follow(known | self._sources)
 
+    def _pass(self, count: int) -> None:
+        """Book bytes that were read or are written."""
+        self._passed += count
+        if self._passed >= TRIM:
+            self._passed = 0
+            trim()
+
     def _spill(self, tensor: Tensor) -> LazyTensor:
         """Write a tensor to a file of its own; what a stopped run left there is replaced."""
         path = self.folder / f"rewritten-{self._count:06d}.safetensors"
         self._count += 1
-        self._written += tensor.numel() * tensor.element_size()
-        if self._written > TRIM:
-            self._written = 0
-            give_back()
+        self._pass(tensor.numel() * tensor.element_size())
         try:
             path.unlink(missing_ok=True)  # the store may share the old file
             with path.open("wb") as file:

@@ -18,6 +18,9 @@ Pattern = Literal["unstructured", "2:4", "4:8"]
 FLOOR = 0.01
 """Share of every tensor that stays, however small its weights, when one threshold serves all tensors."""
 
+CHUNK = 1 << 20
+"""Scores that are ordered at once; an order takes many times the memory of what it orders."""
+
 
 def sides(pattern: str) -> tuple[int, int]:
     """(n, m) of a pattern n:m: n of m neighboring inputs stay."""
@@ -37,15 +40,18 @@ def lowest(scores: Tensor, count: int) -> Tensor:
     edge = scores.kthvalue(count, dim=1, keepdim=True).values
     below, equal = scores < edge, scores == edge
     missing = count - below.sum(1, keepdim=True)
-    return below | (equal & (equal.cumsum(1) <= missing))
+    narrow = torch.int32 if scores.shape[1] < 1 << 31 else torch.int64
+    return below.logical_or_(equal.logical_and_(equal.cumsum(1, dtype=narrow) <= missing))
 
 
 def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     """In each group of m neighbors of a row the m - n lowest."""
-    groups = scores.reshape(scores.shape[0], -1, m)
-    order = groups.argsort(dim=-1, stable=True)
-    mask = torch.zeros_like(groups, dtype=torch.bool)
-    return mask.scatter_(-1, order[..., : m - n], True).view_as(scores)
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    rows = max(1, CHUNK // max(1, scores.shape[1]))
+    for some, gone in zip(scores.split(rows), mask.split(rows), strict=True):
+        order = some.reshape(some.shape[0], -1, m).argsort(dim=-1, stable=True)
+        gone.view(some.shape[0], -1, m).scatter_(-1, order[..., : m - n], True)
+    return mask
 
 
 def counts_over_all(tensors: Sequence[Tensor], count: int) -> list[int]:

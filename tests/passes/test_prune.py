@@ -15,6 +15,7 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selected import selector_report
 from effc.compiler.shapes import Calibrate
+from effc.passes.prune import _pattern
 from effc.passes.prune._pattern import counts_over_all, lowest, lowest_in_groups
 from effc.passes.prune.depth import Depth
 from effc.passes.prune.magnitude import Magnitude
@@ -83,6 +84,14 @@ def test_patterns_keep_the_largest_of_each_group(n: int, m: int) -> None:
     largest_gone = groups.masked_fill(kept, -9.0).amax(-1)
     assert bool((smallest_kept > largest_gone).all())
     assert torch.equal(lowest_in_groups(torch.ones(1, m), n, m)[0], torch.arange(m) < m - n)
+
+
+def test_groups_ordered_in_pieces_are_those_ordered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.rand(7, 16, generator=torch.Generator().manual_seed(0))
+    whole = lowest_in_groups(scores, 2, 4)
+    monkeypatch.setattr(_pattern, "CHUNK", 40)
+    assert torch.equal(lowest_in_groups(scores, 2, 4), whole)
+    assert whole.sum() == 56
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9])
