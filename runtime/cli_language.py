@@ -171,7 +171,16 @@ def page(entry: Entry) -> str:
 def _default(parameter: Parameter) -> str:
     if parameter.required:
         return "required"
-    return "" if parameter.default in (None, ()) else f"= {parameter.default}"
+    return "" if parameter.default in (None, ()) else f"= {_spelt(parameter.default)}"
+
+
+def _spelt(value: object) -> str:
+    """A default as a recipe would write it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (tuple, list)):
+        return f"[{', '.join(map(_spelt, value))}]"
+    return str(value)
 
 
 def explain(options: argparse.Namespace) -> int:
