@@ -102,9 +102,9 @@ def zero(rw: Rewriter, path: str, mask: Tensor) -> float:
     """Set the weights under mask [R, i] to zero; returns the share of the weight's norm that is lost."""
     module = rw.present(path)
     w = matrix(module)
-    kept = w.masked_fill(mask, 0)
     whole = w.float().norm()
-    lost = float(w.float().masked_fill(~mask, 0).norm() / whole) if whole > 0 else 0.0
+    lost = float(w.masked_fill(~mask, 0).float().norm() / whole) if whole > 0 else 0.0
+    kept = w.masked_fill(mask, 0)
     count = int(mask.sum())
     rw.write(path, "weight", kept.view_as(module.weight), f"{count} of {mask.numel()} weights are zero")
     return lost

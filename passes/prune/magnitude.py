@@ -112,4 +112,4 @@ class Magnitude(Sparse, Rewrite):
 
 
 def _size(rw: Rewriter, path: str) -> Tensor:
-    return matrix(rw.present(path)).float().abs()
+    return matrix(rw.present(path)).abs().float()

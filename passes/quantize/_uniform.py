@@ -80,7 +80,7 @@ class Uniform(Selects):
 
 PackedUnit = QuantLinear | QuantStackedLinear | QuantEmbedding
 
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 """Weights that are rounded at once; bounds the memory beyond the model itself."""
 
 Find = Callable[[Tensor, int, bool, torch.dtype], tuple[Tensor, Tensor]]
