@@ -18,3 +18,19 @@ class Spec(BaseModel):
 
     kind: ClassVar[str]
     """The dotted name, e.g. "tie.recursive"."""
+
+
+def name_by_path(cls: type[Spec], home: str) -> None:
+    """Give a class of the package `home` its file's name as kind; classes elsewhere stay without.
+
+    Raises:
+        TypeError: it lacks a docstring, examples or the description of a field.
+    """
+    name = cls.__module__.removeprefix(home)
+    if not cls.__module__.startswith(home) or name.startswith("_"):
+        return
+    cls.kind = name
+    bare = [field for field, info in cls.model_fields.items() if not info.description]
+    if bare or not cls.__dict__.get("__doc__") or not getattr(cls, "examples", ()):
+        lacks = f"a description of {', '.join(bare)}" if bare else "a docstring or examples"
+        raise TypeError(f"{cls.__module__}.{cls.__name__} lacks {lacks}")

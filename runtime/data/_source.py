@@ -15,7 +15,7 @@ from pydantic import Field
 
 from effc.runtime.data._packed import Packed, pack
 from effc.runtime.data._vocabulary import Vocabulary
-from effc.specs.base import Spec
+from effc.specs.base import Spec, name_by_path
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.units import Share, Tokens
 
@@ -40,13 +40,7 @@ class Source(Spec):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        name = cls.__module__.removeprefix(_HERE)
-        if cls.__module__.startswith(_HERE) and not name.startswith("_"):
-            cls.kind = name
-            bare = [field for field, info in cls.model_fields.items() if not info.description]
-            if bare or not cls.__dict__.get("__doc__") or not getattr(cls, "examples", ()):
-                lacks = f"a description of {', '.join(bare)}" if bare else "a docstring or examples"
-                raise TypeError(f"{cls.__module__}.{cls.__name__} lacks {lacks}")
+        name_by_path(cls, _HERE)
 
     def documents(self, vocabulary: Vocabulary) -> Sequence[Document]:
         """Everything the source holds, in an order that depends on nothing but its content.

@@ -27,7 +27,7 @@ from effc.runtime.durable import refused, sync_folder
 from effc.runtime.exports._aside import OLD, aside
 from effc.runtime.load import load
 from effc.runtime.machine import memory_bytes
-from effc.specs.base import Spec
+from effc.specs.base import Spec, name_by_path
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 _HERE = "effc.runtime.exports."
@@ -91,11 +91,7 @@ class Export(Spec):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        name = cls.__module__.removeprefix(_HERE)
-        if cls.__module__.startswith(_HERE) and not name.startswith("_"):
-            cls.kind = name
-            if not cls.__dict__.get("__doc__") or not getattr(cls, "examples", ()):
-                raise TypeError(f"{cls.__module__}.{cls.__name__} lacks a docstring or examples")
+        name_by_path(cls, _HERE)
 
     def ready(self) -> None:
         """Raise EffcError E550 at once when the consumer is not installed."""

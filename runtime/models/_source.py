@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from effc.compiler.model import Model
-from effc.specs.base import Spec
+from effc.specs.base import Spec, name_by_path
 
 _HERE = "effc.runtime.models."
 
@@ -18,13 +18,7 @@ class ModelSource(Spec):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: object) -> None:
-        name = cls.__module__.removeprefix(_HERE)
-        if cls.__module__.startswith(_HERE) and not name.startswith("_"):
-            cls.kind = name
-            bare = [field for field, info in cls.model_fields.items() if not info.description]
-            if bare or not cls.__dict__.get("__doc__") or not getattr(cls, "examples", ()):
-                lacks = f"a description of {', '.join(bare)}" if bare else "a docstring or examples"
-                raise TypeError(f"{cls.__module__}.{cls.__name__} lacks {lacks}")
+        name_by_path(cls, _HERE)
 
     def open(self, models: Mapping[str, Model], tiny: bool = False) -> Model:
         """The model; only configs and headers are read now.
