@@ -82,7 +82,10 @@ class Data(Protocol):
         """Tokens in the split that carry loss."""
         ...
 
-    def batch(self, split: str, indices: Sequence[int]) -> Batch: ...
+    def batch(self, split: str, indices: Sequence[int]) -> Batch:
+        """The sequences with these numbers. Numbers from `size` on are those of further passes over the text;
+        in `train`, each pass cuts it at other places."""
+        ...
 
 
 class Progress(Protocol):

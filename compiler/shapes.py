@@ -98,6 +98,9 @@ class Observe(Calibrate):
 class Train(Method):
     """Needs a training loop: heal, distill, fine-tune. The runtime owns the loop; methods own losses."""
 
+    recuts: ClassVar[bool] = True
+    """Whether each pass over the text cuts it elsewhere; not where what is known of a sequence is kept."""
+
     data: DataRef = Field(description="training sequences")
     steps: int = Field(ge=1, description="optimizer steps")
     batch: int = Field(default=8, ge=1, description="sequences in one optimizer step")

@@ -117,8 +117,7 @@ class _Training:
 
     def _all(self) -> Iterator[Batch]:
         """Every sequence that some step will see, each once, in the order of the data."""
-        size, seen = self.data.size(self.split), self.method.steps * self.method.batch
-        rows = range(size) if seen >= size else sorted(self._row(i) for i in range(seen))
+        rows = sorted({self._row(i) for i in range(self.method.steps * self.method.batch)})
         for start in range(0, len(rows), self.method.batch):
             yield self._moved(self.data.batch(self.split, rows[start : start + self.method.batch]))
 
@@ -130,12 +129,13 @@ class _Training:
             yield self.data.batch(self.split, rows[start : start + size])
 
     def _row(self, number: int) -> int:
-        """The sequence that is seen as the `number`th; every pass over the data has its own order."""
-        epoch, place = divmod(number, self.data.size(self.split))
+        """The sequence that is seen as the `number`th; every pass has its own order and cuts."""
+        size = self.data.size(self.split)
+        epoch, place = divmod(number, size)
         if self._order[0] != epoch:
             random = np.random.Generator(np.random.Philox(_number(self.context.seed, 0, epoch)))
-            self._order = (epoch, random.permutation(self.data.size(self.split)))
-        return int(self._order[1][place])
+            self._order = (epoch, random.permutation(size))
+        return int(self._order[1][place]) + (epoch * size if self.method.recuts else 0)
 
     def _moved(self, batch: Batch) -> Batch:
         device = self.context.device

@@ -37,6 +37,7 @@ class Offline(Train):
 
     paper = Paper("Distilling the Knowledge in a Neural Network", arxiv="1503.02531", year=2015, section="2")
     contract = Contract(TRAIN)
+    recuts: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = (
         "distill.offline(teacher = base, data = code, steps = 3, batch = 2, k = 16)",
         "distill.offline(teacher = base, data = code, steps = 2, batch = 2, k = 8, missing = renormalize)",

@@ -66,8 +66,8 @@ class Packed:
         self.fingerprint = fingerprint
         self.vocabulary = vocabulary
         self.notices = notices
-        rows = self.size("train")
-        self._order = np.random.Generator(np.random.Philox(seed)).permutation(rows)
+        self._seed = seed
+        self._order = np.random.Generator(np.random.Philox(seed)).permutation(self.size("train"))
 
     @property
     def bytes_per_token(self) -> float:
@@ -84,17 +84,24 @@ class Packed:
 
     def batch(self, split: str, indices: Sequence[int]) -> Batch:
         """The sequences with these numbers. Train sequences are numbered in shuffled order, so that the
-        first n are a fair sample.
+        first n are a fair sample; numbers from `size` on are those of further passes, each of which starts
+        at a place of its own and takes the text round to there: a model that sees the same sequences again
+        learns them by heart sooner than one that sees the same text at other cuts.
 
         ids, labels [B, T]; a short last sequence is filled up with a segment of its own and no labels.
         """
-        stream = self.streams[split]
-        rows = self._order[np.asarray(indices)] if split == "train" else np.asarray(indices)
-        at = rows[:, None] * self.seq + np.arange(self.seq + 1)
-        inside = at < len(stream.ids)
-        at = np.minimum(at, len(stream.ids) - 1)
+        stream, numbers = self.streams[split], np.asarray(indices)
+        total = len(stream.ids)
+        passes, rows = np.divmod(numbers, self.size(split))
+        if split == "train":
+            rows = self._order[rows]
+        first = np.array([self._first(split, int(number)) for number in passes])[:, None]
+        at = first + rows[:, None] * self.seq + np.arange(self.seq + 1)
+        inside = at < first + total
+        around = at >= total  # behind the end comes the start, which is another document
+        at %= total
         ids = np.where(inside, stream.ids[at], 0).astype(np.int64)
-        document = np.where(inside, stream.document[at], -1)
+        document = np.where(inside, stream.document[at] + around * (stream.document[-1] + 1), -1)
         same = document[:, 1:] == document[:, :-1]
         labelled = same & inside[:, 1:] & stream.counts[at[:, 1:]]
         labels = np.where(labelled, ids[:, 1:], IGNORED)
@@ -105,6 +112,12 @@ class Packed:
         segments = torch.from_numpy(starts.cumsum(1)) if mixed else None
         step = Step(torch.from_numpy(positions), segments)
         return Batch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(labels), step)
+
+    def _first(self, split: str, number: int) -> int:
+        """Where a pass over the text starts, in tokens."""
+        if split != "train" or number == 0:
+            return 0
+        return int(np.random.Generator(np.random.Philox([self._seed, number])).integers(self.seq))
 
 
 def pack(

@@ -80,6 +80,24 @@ def test_labels_are_the_next_token_and_never_of_another_document(folder: Path) -
     assert bool((batch.step.positions[:, 1:][fresh] == 0).all())
 
 
+def test_a_further_pass_holds_the_same_tokens_at_other_cuts(folder: Path) -> None:
+    data = packed(folder)
+    size, total = data.size("train"), len(data.streams["train"].ids)
+    first, second = data.batch("train", range(size)), data.batch("train", range(size, 2 * size))
+    assert {tuple(r) for r in first.ids.tolist()}.isdisjoint(tuple(r) for r in second.ids.tolist())
+    filled = size * 32 - total  # both passes end in filling, which is token 0
+    assert sorted(first.ids.flatten().tolist())[filled:] == sorted(second.ids.flatten().tolist())[filled:]
+    labelled = int((second.labels != IGNORED).sum())
+    assert labelled in (
+        data.tokens("train"),
+        data.tokens("train") - 1,
+    )  # the token at the new start has no past
+    inside = second.labels[:, :-1] != IGNORED
+    assert bool((second.labels[:, :-1][inside] == second.ids[:, 1:][inside]).all())
+    again = packed(folder).batch("train", range(size, 2 * size))
+    assert bool((again.ids == second.ids).all())
+
+
 def test_a_row_inside_one_document_needs_no_segments(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one long text " * 200)
     (tmp_path / "b.txt").write_text("another long text " * 200)
