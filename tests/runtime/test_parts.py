@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -127,3 +129,32 @@ def test_cosine_at_its_corners() -> None:
 def test_schedules_that_cannot_be_are_refused(words: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"final|100%"):
         WSD(**words)
+
+
+def test_no_optimizer_brings_in_the_compiler() -> None:
+    """Which would cost a second and 150 MB; a fresh process, since other tests may have it already."""
+    code = """
+import sys, torch
+from effc.runtime.parts.train.optimizer import adamw, lion, sgd
+for part in (adamw.AdamW(), lion.Lion(), sgd.SGD(momentum=0.9)):
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = part.build([("weight", weight)])
+    weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+print(*(name for name in ("torch._dynamo", "torch._inductor", "triton") if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_adamw_moves_as_that_of_torch_does() -> None:
+    weights = [nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))) for _ in range(2)]
+    ours = AdamW(lr=1e-2, wd=0.1).build([("weight", weights[0])])
+    theirs = torch.optim.AdamW([weights[1]], 1e-2, (0.9, 0.95), 1e-8, 0.1, fused=True)
+    for step in range(3):
+        for weight, optimizer in zip(weights, (ours, theirs), strict=True):
+            weight.grad = torch.sin(weight.detach() * (step + 1))
+            optimizer.step()
+    assert torch.equal(*weights)

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from effc.compiler.method import Optimizer
+from effc.runtime.parts.train.optimizer._eager import eager
 from effc.runtime.parts.train.optimizer._groups import decayed
 from effc.specs.paper import Paper
 
@@ -38,7 +39,7 @@ class AdamW(Optimizer):
 
     def build(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         groups = decayed(parameters, self.wd)
-        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+        return eager(torch.optim.AdamW)(groups, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
     def state_bytes(self, shape: torch.Size) -> int:
         """M and V in float32, and a step count."""

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from effc.compiler.method import Optimizer
+from effc.runtime.parts.train.optimizer._eager import eager
 from effc.runtime.parts.train.optimizer._groups import decayed
 from effc.specs.paper import Paper
 
@@ -35,7 +36,7 @@ class Lion(Optimizer):
     )
 
     def build(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        return LionSteps(decayed(parameters, self.wd), lr=self.lr, betas=self.betas)
+        return eager(LionSteps)(decayed(parameters, self.wd), lr=self.lr, betas=self.betas)
 
     def state_bytes(self, shape: torch.Size) -> int:
         """M in float32."""

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from effc.compiler.method import Optimizer
+from effc.runtime.parts.train.optimizer._eager import eager
 from effc.runtime.parts.train.optimizer._groups import decayed
 from effc.specs.paper import FOLKLORE
 
@@ -37,7 +38,7 @@ class SGD(Optimizer):
 
     def build(self, parameters: Sequence[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         groups = decayed(parameters, self.wd)
-        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
+        return eager(torch.optim.SGD)(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
 
     def state_bytes(self, shape: torch.Size) -> int:
         """M in float32."""
