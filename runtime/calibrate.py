@@ -27,7 +27,9 @@ from effc.compiler.selects import Selects
 from effc.compiler.shapes import Calibrate, Observe, Statistic
 from effc.compiler.step import Step
 from effc.compiler.weights import LazyTensor
+from effc.runtime.heap import returning
 from effc.runtime.hidden import Hidden
+from effc.runtime.peak import trim
 from effc.runtime.watch import Snapshot, Watch, restore
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -42,7 +44,7 @@ def calibrate(method: Calibrate, model: Model, context: Context) -> Outcome:
         EffcError: E610 when the data has no sequence to show.
         KeyboardInterrupt: when the context asks to stop; what is in the journal stays.
     """
-    with torch.no_grad():
+    with returning(), torch.no_grad():
         run = _Run(method, model, context)
         try:
             return run.observed(method) if isinstance(method, Observe) else run.rewritten()
@@ -146,6 +148,7 @@ class _Run:
             for batch in self.hidden if watched else []:
                 watch.forget_inputs()
                 self._through(index, batch, self.hidden.get(batch))
+        trim()
         return watch.seen
 
     @contextmanager
@@ -159,6 +162,7 @@ class _Run:
         if read and self.context.journal is not None:
             read += self._lazy(part, self.context.journal)
         model.release(read)
+        trim()  # the C library keeps what a layer freed, and pieces of every layer would add up
 
     def _lazy(self, part: Part, journal: Journal) -> list[str]:
         """From now on read what was made here from the journal: a model larger than memory stays on disk."""

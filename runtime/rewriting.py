@@ -8,6 +8,7 @@ from effc.compiler.method import Context, Outcome
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
+from effc.runtime.heap import returning
 from effc.runtime.streamed import StreamedRewriter
 
 
@@ -18,7 +19,7 @@ def rewrite(method: Rewrite, model: Model, context: Context) -> Outcome:
     else:
         rw = Rewriter(model, method.kind)
         rw.model.materialize()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with returning(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.seed)
         errors = method.rewrite(rw)
     return Outcome(rw.done(), tuple(rw.log), {"errors": dict(errors)} if errors else {})

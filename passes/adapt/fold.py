@@ -10,6 +10,7 @@ from torch import Tensor
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.contract import EXACT, Contract, Fact
+from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
@@ -28,16 +29,24 @@ class Fold(Rewrite):
         "LoRA: Low-Rank Adaptation of Large Language Models", arxiv="2106.09685", year=2021, section="4.1"
     )
     contract = Contract(EXACT, needs=(Fact("adapter"),), gives=(Fact("dense"),))
+    streams = True
     examples: ClassVar[tuple[str, ...]] = ("adapt.fold()",)
 
     def rewrite(self, rw: Rewriter) -> None:
         for path in adapted(rw.model):
-            unit: LoraLinear = rw.module(path)
-            base, change, rank = unit.base, None if unit.a.is_meta else unit.change(), unit.rank
-            assert isinstance(base, Linear)
-            rw.swap(path, base, f"rank {rank} folded in")
-            if change is not None and not base.weight.is_meta:
-                rw.write(path, "weight", _sum(base.weight, change))
+            unit: LoraLinear = rw.present(path)
+            assert isinstance(unit.base, Linear)
+            known = not (unit.a.is_meta or unit.base.weight.is_meta)
+            total = _sum(unit.base.weight, unit.change()) if known else None
+            rw.swap(path, rw.module(path).base, f"rank {unit.rank} folded in")
+            if total is not None:
+                rw.write(path, "weight", total)
+
+    def work(self, model: Model, seq: int = 0) -> Work:
+        weights = [model.module(path).get_parameter("base.weight") for path in adapted(model)]
+        numbers = [w.numel() for w in weights]
+        nbytes = sum(w.nbytes for w in weights)
+        return Work(solve=4.0 * sum(numbers), disk=2 * nbytes, memory=12 * max(numbers, default=0))
 
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
         paths = adapted(model)

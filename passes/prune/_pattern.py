@@ -7,7 +7,7 @@ first go.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -34,14 +34,31 @@ def share_of(count: int, sparsity: float) -> int:
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """The `count` lowest scores of each row."""
-    if count == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    edge = scores.kthvalue(count, dim=1, keepdim=True).values
-    below, equal = scores < edge, scores == edge
-    missing = count - below.sum(1, keepdim=True)
-    narrow = torch.int32 if scores.shape[1] < 1 << 31 else torch.int64
-    return below.logical_or_(equal.logical_and_(equal.cumsum(1, dtype=narrow) <= missing))
+    """The `count` lowest scores of each row. They are float32 and not negative."""
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    if count:
+        rows = max(1, CHUNK // max(1, scores.shape[1]))
+        for some, gone in zip(scores.split(rows), mask.split(rows), strict=True):
+            _mark(some, count, gone)
+    return mask
+
+
+def _mark(scores: Tensor, count: int, gone: Tensor) -> None:
+    """Set the lowest scores of each row in the mask `gone`, in pieces: a row may be a whole matrix."""
+    if scores.numel() > CHUNK:
+        edge = _kth(scores, count)
+    else:
+        edge = scores.kthvalue(count, dim=1, keepdim=True).values
+    left = torch.full((scores.shape[0], 1), count)
+    pieces = list(zip(scores.split(CHUNK, 1), gone.split(CHUNK, 1), strict=True))
+    for piece, mark in pieces:
+        torch.lt(piece, edge, out=mark)
+        left -= mark.sum(1, keepdim=True)
+    for piece, mark in pieces:
+        equal = piece == edge
+        first = equal & (equal.cumsum(1, dtype=torch.int32) <= left)
+        mark |= first
+        left -= first.sum(1, keepdim=True)
 
 
 def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
@@ -54,20 +71,19 @@ def lowest_in_groups(scores: Tensor, n: int, m: int) -> Tensor:
     return mask
 
 
-def counts_over_all(tensors: Sequence[Tensor], count: int) -> list[int]:
+def counts_over_all(sizes: Sequence[int], scores: Sequence[Callable[[], Tensor]], count: int) -> list[int]:
     """How many of the lowest scores in each tensor make the `count` lowest of all, none going above 1 -
-    FLOOR.
+    FLOOR. `sizes` are the numbers of scores; `scores` give them, one tensor in memory at a time.
 
     Scores are float32 and not negative, so their order is that of their bits: two histograms of 16 bits find
     the edge without sorting. A tensor at its limit keeps it, and the rest of the count falls on the others.
     """
-    limits = [t.numel() - -(-int(t.numel() * FLOOR * 1e6) // 10**6) for t in tensors]
-    limits = [min(limit, t.numel() - 1) for limit, t in zip(limits, tensors, strict=True)]
-    found = [0] * len(tensors)
-    free = set(range(len(tensors)))
+    limits = [min(n - -(-int(n * FLOOR * 1e6) // 10**6), n - 1) for n in sizes]
+    found = [0] * len(sizes)
+    free = set(range(len(sizes)))
     while free:
-        left = count - sum(limits[i] for i in range(len(tensors)) if i not in free)
-        split = _split({i: tensors[i] for i in sorted(free)}, left)
+        left = count - sum(limits[i] for i in range(len(sizes)) if i not in free)
+        split = _split({i: scores[i] for i in sorted(free)}, left)
         over = {i for i, taken in split.items() if taken > limits[i]}
         for i, taken in split.items():
             found[i] = min(taken, limits[i])
@@ -77,24 +93,57 @@ def counts_over_all(tensors: Sequence[Tensor], count: int) -> list[int]:
     return found
 
 
-def _split(tensors: dict[int, Tensor], count: int) -> dict[int, int]:
+def _split(scores: Mapping[int, Callable[[], Tensor]], count: int) -> dict[int, int]:
     """How many of the `count` lowest numbers of all lie in each tensor; of equal ones the first."""
-    if count <= 0 or not tensors:
-        return dict.fromkeys(tensors, 0)
-    bits = {i: t.flatten().view(torch.int32) for i, t in tensors.items()}
-    high = sum(torch.bincount(b >> 16, minlength=1 << 16) for b in bits.values())
-    top, before = _edge(torch.as_tensor(high), count)
-    inside = {i: b[(b >> 16) == top] & 0xFFFF for i, b in bits.items()}
-    low = sum(torch.bincount(b, minlength=1 << 16) for b in inside.values())
-    rest, _ = _edge(torch.as_tensor(low), count - before)
-    edge = (top << 16) | rest
-    taken = {i: int((b < edge).sum()) for i, b in bits.items()}
+    if count <= 0 or not scores:
+        return dict.fromkeys(scores, 0)
+    top, before = _edge(_total(_upper(read()) for read in scores.values()), count)
+    rest, _ = _edge(_total(_lower(read(), top) for read in scores.values()), count - before)
+    taken, equal = {}, {}
+    for i, read in scores.items():
+        taken[i], equal[i] = _around(read(), (top << 16) | rest)
     missing = count - sum(taken.values())
-    for i, b in bits.items():
-        more = min(missing, int((b == edge).sum()))
+    for i, most in equal.items():
+        more = min(missing, most)
         taken[i] += more
         missing -= more
     return taken
+
+
+def _kth(scores: Tensor, count: int) -> Tensor:
+    """The number `count` (from 1) of all scores in rising order, as one number."""
+    top, before = _edge(_upper(scores), count)
+    rest, _ = _edge(_lower(scores, top), count - before)
+    return torch.tensor((top << 16) | rest, dtype=torch.int32).view(torch.float32)
+
+
+def _upper(scores: Tensor) -> Tensor:
+    """How many scores have each value of the upper 16 bits."""
+    return _total(torch.bincount(b >> 16, minlength=1 << 16) for b in _bits(scores))
+
+
+def _lower(scores: Tensor, top: int) -> Tensor:
+    """The same of the lower 16 bits, of the scores whose upper ones are `top`."""
+    return _total(torch.bincount(b[b >> 16 == top] & 0xFFFF, minlength=1 << 16) for b in _bits(scores))
+
+
+def _around(scores: Tensor, edge: int) -> tuple[int, int]:
+    """How many scores lie below those bits, and how many have them."""
+    counts = [(int((b < edge).sum()), int((b == edge).sum())) for b in _bits(scores)]
+    return sum(below for below, _ in counts), sum(equal for _, equal in counts)
+
+
+def _bits(scores: Tensor) -> Sequence[Tensor]:
+    """The bits of scores [...] float32 as integers, which have the same order, in pieces."""
+    pieces: Sequence[Tensor] = scores.flatten().view(torch.int32).split(CHUNK)
+    return pieces
+
+
+def _total(histograms: Iterable[Tensor]) -> Tensor:
+    total = torch.zeros(1 << 16, dtype=torch.int64)
+    for histogram in histograms:
+        total += histogram
+    return total
 
 
 def _edge(histogram: Tensor, count: int) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.passes._dense import inputs_of, matrix, not_dense, some
-from effc.passes.prune._pattern import Pattern, lowest_in_groups, sides
+from effc.passes.prune._pattern import CHUNK, Pattern, lowest_in_groups, sides
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.units import Gradient, Share
 
@@ -102,9 +103,13 @@ def zero(rw: Rewriter, path: str, mask: Tensor) -> float:
     """Set the weights under mask [R, i] to zero; returns the share of the weight's norm that is lost."""
     module = rw.present(path)
     w = matrix(module)
-    whole = w.float().norm()
-    lost = float(w.masked_fill(~mask, 0).float().norm() / whole) if whole > 0 else 0.0
+    whole = lost = 0.0
+    rows = max(1, CHUNK // max(1, w.shape[1]))
+    for part, gone in zip(w.split(rows), mask.split(rows), strict=True):
+        squares = part.double().square_()
+        whole += float(squares.sum())
+        lost += float(squares.masked_fill_(~gone, 0).sum())
     kept = w.masked_fill(mask, 0)
-    count = int(mask.sum())
-    rw.write(path, "weight", kept.view_as(module.weight), f"{count} of {mask.numel()} weights are zero")
-    return lost
+    detail = f"{int(mask.count_nonzero())} of {mask.numel()} weights are zero"
+    rw.write(path, "weight", kept.view_as(module.weight), detail)
+    return math.sqrt(lost / whole) if whole > 0 else 0.0

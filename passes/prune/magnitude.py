@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
 from effc.passes._dense import finite, matrix, owner_of
-from effc.passes.prune._pattern import counts_over_all, lowest, share_of
+from effc.passes.prune._pattern import CHUNK, counts_over_all, lowest, share_of
 from effc.passes.prune._sparse import SPARSE, Sparse, zero
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
@@ -95,21 +97,23 @@ class Magnitude(Sparse, Rewrite):
         return lowest(flat, share_of(flat.numel(), self.share)).view_as(scores)
 
     def _all_at_once(self, rw: Rewriter, paths: Mapping[str, Magnitude]) -> Mapping[str, float]:
-        sizes = [_size(rw, path) for path in paths]
+        sizes = [matrix(rw.module(path)).numel() for path in paths]
         share = next(iter(paths.values())).share if paths else 0.0
-        count = share_of(sum(s.numel() for s in sizes), share)
-        counts = counts_over_all(sizes, count)
+        scores = [partial(_size, rw, path) for path in paths]
+        counts = counts_over_all(sizes, scores, share_of(sum(sizes), share))
         return {
-            path: zero(rw, path, lowest(size.reshape(1, -1), n).view_as(size))
-            for path, size, n in zip(paths, sizes, counts, strict=True)
+            path: zero(rw, path, lowest(size().reshape(1, -1), n).view(matrix(rw.module(path)).shape))
+            for path, size, n in zip(paths, scores, counts, strict=True)
         }
 
     def work(self, model: Model, seq: int = 0) -> Work:
         weights = [matrix(model.module(path)) for path in self.targets(model)]
         numbers = [w.numel() for w in weights]
-        held = sum(numbers) if self.scope == "global" else max(numbers, default=0)
-        return Work(solve=20.0 * sum(numbers), disk=2 * sum(w.nbytes for w in weights), memory=12 * held)
+        largest = max(numbers, default=0)
+        held = 5 * largest + 24 * min(CHUNK, largest)  # scores and mask, and an order of some of them
+        return Work(solve=20.0 * sum(numbers), disk=2 * sum(w.nbytes for w in weights), memory=held)
 
 
 def _size(rw: Rewriter, path: str) -> Tensor:
-    return matrix(rw.present(path)).abs().float()
+    w = matrix(rw.present(path))
+    return w.abs() if w.dtype == torch.float32 else w.float().abs_()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -46,6 +47,7 @@ class Recursive(Rewrite):
         section="2",
     )
     contract = Contract(HEALED, needs=(Fact("dense", "model"),), gives=(Fact("tied", "model"),))
+    streams = True
     examples = (
         "tie.recursive(loops = 2)",
         "tie.recursive(loops = 2, share = middle_cycle, init = stepwise, lora_rank = 4)",
@@ -155,22 +157,32 @@ class Recursive(Rewrite):
         title = f"`lora_rank` {self.lora_rank} is above the shorter side of {shortest[1]}"
         return [Diagnostic("E340", title, help=f"use a rank of at most {shortest[0]}", about="lora_rank")]
 
+    def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
+        given = rw.model.clone()
+        given.weights.clear()  # a plan reads none
+        self._tie(rw, given)
+
     def rewrite(self, rw: Rewriter) -> Mapping[str, float]:
-        layers = rw.model.layers
+        return self._tie(rw, rw.model.clone())
+
+    def _tie(self, rw: Rewriter, given: Model) -> Mapping[str, float]:
+        """Edit slot after slot, from weights of `given`: a slot may start as a layer that shares by then."""
+        layers = given.layers
         errors: dict[str, float] = {}
         first = self._inner(layers)[0]
         with rw.together():
-            for tail in _matrices(rw.model, first):
-                means = [_mean(_read(rw, tail, "weight", sources)) for sources in self.sources(layers)]
-                for slot, mean in zip(self.slots(layers), means, strict=True):
-                    errors |= self._share(rw, tail, slot, mean)
-        for tail in _norms(rw.model, first) if self.tie_norms else ():
-            self._share_norm(rw, tail)
+            for tail in _matrices(given, first):
+                for slot, sources in zip(self.slots(layers), self.sources(layers), strict=True):
+                    shared = _mean([partial(_read, given, tail, "weight", layer) for layer in sources])
+                    errors |= self._share(rw, given, tail, slot, shared)
+        for tail in _norms(given, first) if self.tie_norms else ():
+            self._share_norm(rw, given, tail)
         return errors
 
-    def _share(self, rw: Rewriter, tail: str, slot: Sequence[int], shared: Tensor) -> dict[str, float]:
+    def _share(
+        self, rw: Rewriter, given: Model, tail: str, slot: Sequence[int], shared: Tensor
+    ) -> dict[str, float]:
         """One weight of every layer in a slot becomes the shared one; returns the relative error at each."""
-        own = dict(zip(slot, _read(rw, tail, "weight", slot), strict=True))
         owner = nn.Parameter(shared, requires_grad=False)
         errors = {}
         for layer in slot:
@@ -182,9 +194,10 @@ class Recursive(Rewrite):
             if self.lora_rank:
                 unit = LoraLinear.over(unit, self.lora_rank, float(self.lora_rank), "rank")
             if not shared.is_meta:
-                gap = own[layer] - shared
+                own = _read(given, tail, "weight", layer)
+                gap = own - shared
                 left = self._fit(unit, gap) if self.lora_rank else gap
-                norm = float(own[layer].float().norm())
+                norm = float(own.float().norm())
                 errors[path] = float(left.float().norm()) / norm if norm else 0.0
             rw.swap(path, unit, f"shares with layers {', '.join(map(str, slot))}")
         return errors
@@ -198,13 +211,13 @@ class Recursive(Rewrite):
         unit.a, unit.b = (nn.Parameter(t.to(gap.dtype).contiguous(), requires_grad=False) for t in (a, b))
         return gap - (unit.b @ unit.a).detach()
 
-    def _share_norm(self, rw: Rewriter, tail: str) -> None:
-        slots, sources = self.slots(rw.model.layers), self.sources(rw.model.layers)
-        names = [name for name, _ in rw.module(f"layers.{slots[0][0]}.{tail}").named_parameters()]
-        means = [{name: _mean(_read(rw, tail, name, layers)) for name in names} for layers in sources]
-        for slot, mean in zip(slots, means, strict=True):
-            for name, tensor in mean.items():
-                rw.write(f"layers.{slot[0]}.{tail}", name, tensor)
+    def _share_norm(self, rw: Rewriter, given: Model, tail: str) -> None:
+        slots, sources = self.slots(given.layers), self.sources(given.layers)
+        names = [name for name, _ in given.module(f"layers.{slots[0][0]}.{tail}").named_parameters()]
+        for slot, layers in zip(slots, sources, strict=True):
+            for name in names:
+                mean = _mean([partial(_read, given, tail, name, layer) for layer in layers])
+                rw.write(f"layers.{slot[0]}.{tail}", name, mean)
             for layer in slot[1:]:
                 rw.tie(f"layers.{layer}.{tail}", to=f"layers.{slot[0]}.{tail}")
 
@@ -219,7 +232,8 @@ class Recursive(Rewrite):
             for tail in _matrices(model, layer)
         ]
         solving = sum(14.0 * o * i * min(o, i) for o, i in shapes) if self.lora_rank else 0.0
-        return Work(solve=solving, memory=sum(t.nbytes for t in model.tensors().values()))
+        largest = max((4 * o * i for o, i in shapes), default=0)
+        return Work(solve=solving, memory=(6 if self.lora_rank else 3) * largest)
 
 
 def _tails(model: Model, layer: int) -> list[str]:
@@ -245,15 +259,21 @@ def _form(model: Model, layer: int, tail: str) -> object:
     return unit.spec() if isinstance(unit, Unit) else type(unit)
 
 
-def _read(rw: Rewriter, tail: str, name: str, layers: Sequence[int]) -> list[Tensor]:
-    return [rw.module(f"layers.{layer}.{tail}").get_parameter(name).detach() for layer in layers]
+def _read(model: Model, tail: str, name: str, layer: int) -> Tensor:
+    """One tensor of a layer, read where it is not in memory; on meta where there is nothing to read."""
+    path = f"layers.{layer}.{tail}"
+    held = model.module(path).get_parameter(name).detach()
+    if not held.is_meta or f"{path}.{name}" not in model.weights:
+        return held
+    return model.weights[f"{path}.{name}"].read()
 
 
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
+def _mean(tensors: Sequence[Callable[[], Tensor]]) -> Tensor:
     """The mean, taken in float32; one tensor alone is itself, and on meta there is nothing to add up."""
-    if len(tensors) == 1 or tensors[0].is_meta:
-        return tensors[0].clone()
-    total = torch.zeros_like(tensors[0], dtype=torch.float32)
-    for tensor in tensors:
-        total = total + tensor.float()
-    return (total / len(tensors)).to(tensors[0].dtype)
+    first = tensors[0]()
+    if len(tensors) == 1 or first.is_meta:
+        return first.clone()
+    total = first.float() + 0.0
+    for read in tensors[1:]:
+        total += read().float()
+    return (total / len(tensors)).to(first.dtype)

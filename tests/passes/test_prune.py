@@ -64,7 +64,7 @@ def test_one_threshold_for_all_counts_exactly(count: int, seed: int) -> None:
     tensors = [torch.randn(n, generator=dice).abs() * s for n, s in ((100, 1.0), (150, 1.0), (80, 2.0))]
     tensors[0][:20] = tensors[1][:20]
     edge = torch.cat(tensors).sort().values
-    found = counts_over_all(tensors, count)
+    found = counts_over_all([100, 150, 80], [lambda t=t: t for t in tensors], count)  # type: ignore[misc]
     limits = [99, 148, 79]
     assert sum(found) == count
     assert all(n <= limit for n, limit in zip(found, limits, strict=True))
@@ -86,11 +86,18 @@ def test_patterns_keep_the_largest_of_each_group(n: int, m: int) -> None:
     assert torch.equal(lowest_in_groups(torch.ones(1, m), n, m)[0], torch.arange(m) < m - n)
 
 
-def test_groups_ordered_in_pieces_are_those_ordered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = torch.rand(7, 16, generator=torch.Generator().manual_seed(0))
-    whole = lowest_in_groups(scores, 2, 4)
+@pytest.mark.parametrize("shape", [(1, 999), (3, 333), (1, 30)])
+def test_lowest_in_pieces_are_those_at_once(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randint(0, 50, shape, generator=torch.Generator().manual_seed(0)) * 0.3
+    whole = [lowest(scores, n) for n in range(shape[1])]
     monkeypatch.setattr(_pattern, "CHUNK", 40)
-    assert torch.equal(lowest_in_groups(scores, 2, 4), whole)
+    assert all(torch.equal(lowest(scores, n), mask) for n, mask in enumerate(whole))
+
+
+def test_groups_ordered_in_pieces_are_those_ordered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = lowest_in_groups(scores := torch.rand(7, 16, generator=torch.Generator().manual_seed(0)), 2, 4)
+    monkeypatch.setattr(_pattern, "CHUNK", 40)
+    assert lowest_in_groups(scores, 2, 4).tolist() == whole.tolist()
     assert whole.sum() == 56
 
 
@@ -282,8 +289,8 @@ def test_a_rule_sets_one_number_in_place_of_a_gradient(tiny: Model) -> None:
     applied = method.targets(tiny)
     assert applied["layers.1.mlp.up"].share == 0.4
     assert applied["layers.0.mlp.up"].share == 0.2
-    rows = {words for _, _, words in selector_report(method, tiny)}
-    assert rows == {f"sparsity = {how}, pattern = unstructured" for how in ("0.2 to 0.8", "0.4")}
+    told = {words for _, _, words in selector_report(method, tiny)}
+    assert told == {f"sparsity = {how}, pattern = unstructured" for how in ("0.2 to 0.8", "0.4")}
 
 
 def test_gradients_that_mean_nothing_are_refused(tiny: Model) -> None:
