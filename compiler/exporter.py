@@ -114,6 +114,7 @@ def stored_tensors(model: Model) -> dict[str, LazyTensor]:
     twin = build(architecture(model.architecture), emitted(model), main_dtype(model))
     table = places(architecture(model.architecture), twin)
     shapes = {name: tuple(t.shape) for name, t in twin.tensors().items()}
+    absent = {name for name, tensor in model.tensors().items() if tensor.is_meta and name in model.weights}
     found: dict[str, LazyTensor] = {}
     for name, parts in fused_groups(table):
         place = table[parts[0]]
@@ -125,8 +126,26 @@ def stored_tensors(model: Model) -> dict[str, LazyTensor]:
             continue
         shape = (sum(shapes[p][0] for p in parts), *shapes[parts[0]][1:])
         shape = place.shape or (shape[::-1] if place.transpose else shape)
-        found[name] = LazyTensor(shape, dtype, _joined(model, parts, place))
+        if parts[0] in absent and _as_it_is(model, parts, place):
+            found[name] = model.weights[parts[0]]
+        else:
+            found[name] = LazyTensor(shape, dtype, _joined(model, parts, place))
     return found if left_behind(model) else {**found, **model.beside}
+
+
+def stored_names(model: Model) -> dict[str, str] | None:
+    """Names on disk -> names of the tensors that lie there as they are, if that can be said of all.
+
+    None where one is joined, turned, computed or written twice, or where tensors travel beside the model.
+    The model must be expressible.
+    """
+    twin = build(architecture(model.architecture), emitted(model), main_dtype(model))
+    table = places(architecture(model.architecture), twin)
+    groups = dict(fused_groups(table))
+    plain = all(_as_it_is(model, parts, table[parts[0]]) for parts in groups.values())
+    names = {name: parts[0] for name, parts in groups.items()}
+    whole = sorted(names.values()) == sorted(model.tensors())
+    return names if plain and whole and not model.beside else None
 
 
 def main_dtype(model: Model) -> torch.dtype:
@@ -236,6 +255,15 @@ def _dense(model: Model, name: str) -> Tensor:
     if isinstance(module, LoraLinear) and slot == "weight":
         value = value.float() + module.change()
     return value.to(dtype)
+
+
+def _as_it_is(model: Model, parts: list[str], place: Place) -> bool:
+    """Whether the file holds one canonical tensor, unchanged, which its module has in dense form."""
+    moved = place.experts or place.transpose or place.head_dim or place.shape
+    path, _, slot = parts[0].rpartition(".")
+    module = model.module(path)
+    own = _own(module, slot) if not isinstance(module, LoraLinear) else None
+    return len(parts) == 1 and not moved and own is not None
 
 
 def _joined(model: Model, parts: list[str], place: Place) -> Callable[[], Tensor]:

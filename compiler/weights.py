@@ -16,6 +16,8 @@ class Stored:
 
     file: Path
     offset: int
+    linkable: bool = False
+    """Whether the file may get further names. Only the store allows that, never a file of a user."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ def ls(store: Store) -> list[Row]:
                 "recipe": about.get("recipe", ""),
                 "stage": about.get("stage", ""),
                 "method": about.get("method", ""),
-                "bytes": sum(dict(store.objects_of(record)).values()),
+                "bytes": sum(store.files_of(record).values()),
                 "used": max(0.0, now - (store.results / f"{key}.json").stat().st_mtime),
                 "units": None,
             }

@@ -59,12 +59,12 @@ class Objects:
     def keep_tensor(self, tensor: Tensor) -> Entry:
         """Write a tensor as an object unless it is one already."""
         held = tensor.detach().cpu().contiguous()
-        name, size = identity_of(held), durable.size_of(held)
+        name, size, *_ = entry = entry_of(held)
         if not self.whole(name, size):
             tensors = {durable.ENTRY: held}
             durable.publish(self.path(name), lambda file: durable.write_tensors(file, tensors), self.aside)
         self._verified.add(name)
-        return [name, size, durable.DTYPES[held.dtype], list(held.shape)]
+        return entry
 
     def _adopt(self, file: Path, lazy: LazyTensor) -> Entry | None:
         """Take over a file that a stage wrote as an object would be; None when it looks otherwise."""
@@ -128,9 +128,7 @@ class Objects:
         path = self.path(name)
         if hash_of(path) != name:
             path.unlink(missing_ok=True)
-            note = "its content does not have the hash that is its name; it was dropped"
-            advice = "run the same command again: it makes what is missing"
-            raise EffcError(Diagnostic("E603", f"`{path}` is damaged", (), (note,), advice))
+            raise damaged(path)
         self._verified.add(name)
 
     def whole(self, name: str, size: int) -> bool:
@@ -160,3 +158,15 @@ def identity_of(tensor: Tensor) -> str:
     digest = blake3(durable.head_of({durable.ENTRY: held}))
     digest.update(durable.bytes_of(held))
     return digest.hexdigest()
+
+
+def entry_of(tensor: Tensor) -> Entry:
+    """What a manifest says about a tensor that is an object."""
+    return [identity_of(tensor), durable.size_of(tensor), durable.DTYPES[tensor.dtype], list(tensor.shape)]
+
+
+def damaged(path: Path) -> EffcError:
+    """A file of the store that was changed, and has been dropped."""
+    note = "its content does not have the hash that is its name; it was dropped"
+    advice = "run the same command again: it makes what is missing"
+    return EffcError(Diagnostic("E603", f"`{path}` is damaged", (), (note,), advice))

@@ -24,6 +24,7 @@ from effc.runtime.compiled import Compiled, ExpectRun, StageRun
 from effc.runtime.gates import Gates
 from effc.runtime.judging import Judging
 from effc.runtime.key import key_of, seed_for, stage_parts
+from effc.runtime.last import bundled
 from effc.runtime.opening import Opening, placed
 from effc.runtime.peak import Peak
 from effc.runtime.progress import Event, Observer
@@ -156,7 +157,8 @@ class Run:
             )
             outcome = run_stage(method, [self.models[ref.name] for ref in binding.call.models], context)
             about = {"recipe": self.recipe.name, "stage": name, "method": method.kind, "parts": parts}
-            result = self.store.publish(key, outcome, about)
+            names = bundled(self.recipe, name, outcome.model)
+            result = self.store.publish(key, outcome, about, names)
             journal.drop()
         self._tell("done", name, seconds=float(result.measures["seconds"]))
         return result, False
@@ -194,7 +196,7 @@ class Run:
             tuple(ref.name for ref in self.recipe.inputs_of(binding) if ref.name in self.models),
             count(result.model, ATTENDED),
             int(result.measures.get("peak_bytes", 0)),
-            sum(size for _, size in self.store.objects_of(record)) if record else 0,
+            sum(self.store.files_of(record).values()) if record else 0,
             float(result.measures.get("seconds", 0.0)),
             cached,
             contract,

@@ -2,6 +2,7 @@
 
     .effc/format                      the version of this layout
           objects/ab/ab12...          a tensor (safetensors with one entry) or a file, named by its BLAKE3
+          bundles/ab12....safetensors all weights of a result that only exports use; shared with an export
           results/KEY.json            what a stage left: structure, objects, log, measures, parts of the key
           work/KEY/                   journal of a stage that is running or was stopped
           locks/                      one writer for each key; a shared lock of every compile, alone for gc
@@ -29,6 +30,7 @@ from effc.compiler.method import Outcome
 from effc.compiler.model import Model, TokenizerFiles
 from effc.compiler.rewrite import Edit
 from effc.runtime import durable, lock
+from effc.runtime.bundles import Bundles
 from effc.runtime.journal import FolderJournal
 from effc.runtime.key import canonical
 from effc.runtime.objects import Entry, Objects, identity_of
@@ -68,6 +70,7 @@ class Store:
         self.results, self.works = self.folder / "results", self.folder / "work"
         self.aside = self.folder / "aside"
         self.objects = Objects(self.folder / "objects", self.aside, self.works)
+        self.bundles = Bundles(self.folder / "bundles", self.aside)
         self._refuse_other()
 
     # -- results
@@ -75,12 +78,16 @@ class Store:
     def get(self, key: str) -> Result | None:
         """The result under a key; None when there is none or part of it is missing or damaged."""
         record = self.record(key)
-        if record is None or not all(self.objects.whole(*entry) for entry in self.objects_of(record)):
+        if record is None or not all(self.objects.whole(*entry) for entry in _objects_of(record)):
+            return None
+        if (bundle := record.get("bundle")) and not self.bundles.whole(bundle):
             return None
         with suppress(OSError):
             os.utime(self._result(key))  # last use, for gc
         model = from_json(record["graph"])
-        model.weights = {name: self.objects.lazy(entry) for name, entry in record["tensors"].items()}
+        for name, entry in record["tensors"].items():
+            lazy = self.bundles.lazy(bundle, name, entry) if bundle else self.objects.lazy(entry)
+            model.weights[name] = lazy
         if record["tokenizer"] is not None:
             files = {name: self.objects.file(entry[0]) for name, entry in record["tokenizer"].items()}
             model.tokenizer = TokenizerFiles(files)
@@ -89,8 +96,16 @@ class Store:
         log = [Edit(*entry) for entry in record["log"]]
         return Result(key, model, log, record["measures"], record["fingerprint"], record["about"])
 
-    def publish(self, key: str, outcome: Outcome, about: Mapping[str, Any]) -> Result:
+    def publish(
+        self,
+        key: str,
+        outcome: Outcome,
+        about: Mapping[str, Any],
+        bundled: Mapping[str, str] | None = None,
+    ) -> Result:
         """Keep what a stage left. Until the last rename nothing under `key` is visible.
+
+        `bundled` are the names that an export writes the weights under; then they are kept in its file.
 
         Raises:
             EffcError: E601 when the disk is full, E602 when it cannot be written, E405 for a model that JSON
@@ -99,9 +114,12 @@ class Store:
         self._begin()
         model = outcome.model
         files = model.tokenizer.files if model.tokenizer else None
+        graph = to_json(model)
+        bundle, kept = self.bundles.keep(model, bundled) if bundled else (None, {})
         record = {
-            "graph": to_json(model),
-            "tensors": {name: self.objects.keep(model, name) for name in model.tensors()},
+            "graph": graph,
+            "tensors": {n: kept[n] if bundle else self.objects.keep(model, n) for n in model.tensors()},
+            **({"bundle": bundle} if bundle else {}),
             "tokenizer": _kept(self.objects, files),
             **_beside({name: self.objects.keep_lazy(lazy) for name, lazy in model.beside.items()}),
             "facts": _plain(model.facts),
@@ -137,12 +155,10 @@ class Store:
         """Drop a result; its objects go with the next gc."""
         self._result(key).unlink(missing_ok=True)
 
-    @staticmethod
-    def objects_of(record: Mapping[str, Any]) -> list[tuple[str, int]]:
-        """(name, bytes on disk) of everything a manifest needs."""
-        tokenizer = record["tokenizer"] or {}
-        entries = (*record["tensors"].values(), *tokenizer.values(), *record.get("beside", {}).values())
-        return [(e[0], e[1]) for e in entries]
+    def files_of(self, record: Mapping[str, Any]) -> dict[Path, int]:
+        """Everything on disk that a manifest needs, with its bytes."""
+        objects = {self.objects.path(name): size for name, size in _objects_of(record)}
+        return objects | self.bundles.sizes(record.get("bundle"))
 
     # -- running stages
 
@@ -199,16 +215,16 @@ class Store:
         Returns what went: results, objects, journals, bytes. The caller holds the store alone.
         """
         gone = {"results": 0, "objects": 0, "journals": 0, "bytes": 0}
-        kept: dict[str, int] = {}
+        kept: dict[Path, int] = {}
         for key, record in list(self.records()):
-            needed = dict(self.objects_of(record))
+            needed = self.files_of(record)
             if keep is not None and sum((kept | needed).values()) > keep:
                 self.forget(key)
                 gone["results"] += 1
             else:
                 kept |= needed
-        for path in list(self.objects.folder.glob("*/*")):
-            if path.name not in kept:
+        for path in [*self.objects.folder.glob("*/*"), *self.bundles.folder.glob("*")]:
+            if path not in kept:
                 gone["bytes"] += path.stat().st_size
                 gone["objects"] += 1
                 path.unlink()
@@ -222,6 +238,14 @@ class Store:
             if path.name != "store":  # nobody else is here, so nobody holds one
                 path.unlink()
         return gone
+
+
+def _objects_of(record: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """(name, bytes on disk) of every object that a manifest needs."""
+    tensors = {} if record.get("bundle") else record["tensors"]
+    tokenizer = record["tokenizer"] or {}
+    entries = (*tensors.values(), *tokenizer.values(), *record.get("beside", {}).values())
+    return [(e[0], e[1]) for e in entries]
 
 
 def content_of(model: Model, tensor: Callable[[str], str]) -> str:

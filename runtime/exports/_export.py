@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -99,6 +99,10 @@ class Export(Spec):
     def refuses(self, model: Model) -> Sequence[Diagnostic]:
         """Everything about the model, possibly on meta, that the format cannot express."""
         return ()
+
+    def names(self, model: Model) -> Mapping[str, str] | None:
+        """Name in the safetensors -> tensor of the model, where `write` stores each as it is; else None."""
+        return None
 
     def write(self, model: Model, place: Path) -> None:
         """Write a file or a new folder at `place`, which does not exist yet, weight by weight."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,6 +44,9 @@ class Artifact(Export):
         except EffcError as problem:
             return problem.diagnostics
         return ()
+
+    def names(self, model: Model) -> Mapping[str, str]:
+        return {name: name for name in model.tensors()}
 
     def write(self, model: Model, place: Path) -> None:
         artifact.write(model, place, self._story)

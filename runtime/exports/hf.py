@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from effc.compiler.checkpoint_write import write_folder
-from effc.compiler.exporter import emitted, inexpressible, stored_tensors
+from effc.compiler.exporter import emitted, inexpressible, stored_names, stored_tensors
 from effc.compiler.model import Model
 from effc.compiler.presence import computed
 from effc.runtime.consumer import ask, need
@@ -47,6 +47,9 @@ class Hf(Export):
             packed = "compressed_tensors and gguf hold packed weights, artifact everything"
             fits = f"{packed}; `dense = true` writes them dense, at full size"
         return [Diagnostic("E553", "`hf` cannot express this model", notes=tuple(why), help=fits)]
+
+    def names(self, model: Model) -> Mapping[str, str] | None:
+        return None if inexpressible(model) else stored_names(model)
 
     def write(self, model: Model, place: Path) -> None:
         place.mkdir()

@@ -194,7 +194,7 @@ def test_gc_keeps_what_results_need_and_drops_the_rest(tmp_path: Path) -> None:
     store.work("2" * 64).save("layer-0", {"x": torch.zeros(2)}, {})
     assert store.gc()["objects"] == 0, "nothing is superfluous yet"
     assert store.work("2" * 64).done("layer-0"), "a stopped stage can still go on"
-    needed = sum(size for _, size in store.objects_of(store.record("1" * 64) or {}))
+    needed = sum(store.files_of(store.record("1" * 64) or {}).values())
     gone = store.gc(keep=needed)
     assert (gone["results"], gone["journals"]) == (1, 1)
     assert store.get(KEY) is None
