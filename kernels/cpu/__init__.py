@@ -1,0 +1,1 @@
+"""C kernels on this machine: instruction sets, shared text, compiler, threads."""
