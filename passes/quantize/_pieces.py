@@ -33,6 +33,7 @@ class Piece:
     path: str
     method: GPTQ
     w: Tensor
+    """As the model holds it; float copies of a whole layer would take more than the layer."""
     moment: Moment | None
     """None where no input was seen."""
     rounded: tuple[Tensor, Tensor, Tensor] = ()  # type: ignore[assignment]
@@ -57,9 +58,9 @@ def pieces_of(rw: Rewriter, path: str, method: GPTQ, seen: Mapping[str, Statisti
     w = matrix(module)
     finite(path, w)
     if not isinstance(module, StackedLinear):
-        yield Piece(path, method, w.float(), _moment(seen.get(path)))
+        yield Piece(path, method, w, _moment(seen.get(path)))
         return
-    for expert, rows in enumerate(w.float().chunk(module.experts)):
+    for expert, rows in enumerate(w.chunk(module.experts)):
         yield Piece(path, method, rows, _moment(seen.get(f"{path}[{expert}]")))
 
 
@@ -87,8 +88,7 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
         )
         first.rounded = (q, scale, zero)
         return
-    h = 2 * first.moment.mean()
-    w = torch.cat([piece.w for piece in pieces])
+    h = first.moment.mean().mul_(2)
     dead = h.diagonal() == 0
     h.diagonal().add_(dead)  # an input that never fires has no say: its row and column are zero
     order = h.diagonal().argsort(descending=True, stable=True) if method.order else None
@@ -106,13 +106,14 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
             )
         )
     u, _ = found
-    live = w.masked_fill(dead, 0.0)
+    live = torch.cat([piece.w.float() for piece in pieces]).masked_fill_(dead, 0.0)
     q, scale, zero = solve(live, u, method.bits, first.group, symmetric, method.store, method.block, order)
+    del live, found, u
     rows = [piece.w.shape[0] for piece in pieces]
     parts = zip(*(t.split(rows) for t in (q, scale, zero)), strict=True)
     for piece, (codes, s, z) in zip(pieces, parts, strict=True):
         rounded = decode(codes.view(*s.shape, -1), s, z).view_as(piece.w)
-        piece.error = output_error(piece.w.masked_fill(dead, 0.0), rounded, h)
+        piece.error = output_error(piece.w.float().masked_fill(dead, 0.0), rounded, h)
         piece.rounded = (codes.to(torch.int8), s, z)
 
 
