@@ -48,7 +48,29 @@ def unlike(kind: str, models: Sequence[Model], template: str = "same") -> list[D
                 help="merge the dense models first, then quantize the result",
             )
         )
-    return found
+    return found + _heads(kind, models)
+
+
+def _heads(kind: str, models: Sequence[Model]) -> list[Diagnostic]:
+    """A warning that what travels beside the weights, poolers and task heads, is taken from one model."""
+    if not any(model.beside for model in models):
+        return []
+    held = [{name: lazy.shape for name, lazy in model.beside.items()} for model in models]
+    notes = [f"the first has {_some(sorted(held[0])) or 'none'}"]
+    notes += [
+        f"model {number} of {len(models)} has {_some(sorted(own)) or 'none'}"
+        for number, own in enumerate(held[1:], start=2)
+        if own != held[0]
+    ]
+    return [
+        Diagnostic(
+            "W453",
+            f"`{kind}` keeps the pooler and task head of the first model and mixes none",
+            notes=tuple(notes),
+            help="name the model whose head is to stay first, or train a head afterwards",
+            severity="warning",
+        )
+    ]
 
 
 def _packed(model: Model) -> bool:

@@ -36,7 +36,8 @@ def check_order(recipe: Recipe, catalogue: Catalogue) -> list[Diagnostic]:
         found += _losses(binding, entry, before, known, catalogue)
         states[binding.name] = after(binding, entry, before)
     for export in recipe.exports:
-        found += _export(export, states.get(export.model, ()), known, catalogue)
+        if export.model in states:  # else an error was told about it, or about what it is made from
+            found += _export(export, states[export.model], known, catalogue)
     found += _unhealed(recipe, catalogue)
     return found
 

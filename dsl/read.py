@@ -66,8 +66,8 @@ def sweep(source: Source, catalogue: Catalogue, settings: Sequence[str] = ()) ->
         recipe = check(scope, catalogue, found)
         found += check_order(recipe, catalogue)
         errors = sorted((d for d in found if d.severity == "error"), key=Diagnostic.sort_key)
-        if errors:  # what looks unused may be what the error is about
-            found = [d for d in found if d.code not in ("W201", "W202", "W203")]
+        if errors:  # what looks unused or not healed may be what the error is about
+            found = [d for d in found if d.code not in ("W201", "W202", "W203", "W204")]
         warnings = sorted((d for d in found if d.severity == "warning"), key=Diagnostic.sort_key)
         if errors:
             raise EffcError(*_bounded([*errors, *warnings]))

@@ -7,6 +7,8 @@ keeps this text, because it needs no other file.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
 from typing import Literal, TypeGuard
 
 from effc.dsl import tree
@@ -25,6 +27,7 @@ def text_of(recipe: Recipe, catalogue: Catalogue) -> str:
 
 
 def document_of(recipe: Recipe, catalogue: Catalogue) -> tree.Document:
+    recipe = renamed(recipe, flat_names(recipe))
     head: list[tree.Statement] = [tree.Version(_number(recipe.version), _NOWHERE)]
     title = tree.Text(recipe.title, _NOWHERE) if recipe.title else None
     head.append(tree.Title(_word(recipe.name), title, _NOWHERE))
@@ -39,13 +42,55 @@ def call_of(call: Call, catalogue: Catalogue) -> tree.Call:
     return _call(call, 0, catalogue)
 
 
-def flat(name: str) -> str:
-    """`c.base`, from a used file, becomes `c_base`."""
-    return name.replace(".", "_")
+def flat_names(recipe: Recipe) -> dict[str, str]:
+    """`c.base`, from a used file, becomes `c_base`, or `c_base_2` where that is bound already."""
+    names = [binding.name for binding in recipe.bindings]
+    taken = {name for name in names if "." not in name}
+    found: dict[str, str] = {name: name for name in taken}
+    for name in names:
+        if name not in found:
+            plain = name.replace(".", "_")
+            tries = (plain if n == 1 else f"{plain}_{n}" for n in count(1))
+            found[name] = next(new for new in tries if new not in taken)
+            taken.add(found[name])
+    return found
+
+
+def renamed(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+    """The same recipe with other names of bindings."""
+
+    def value(old: Value) -> Value:
+        match old:
+            case Ref():
+                return replace(old, name=names[old.name])
+            case Call():
+                return call(old)
+            case tuple():
+                return tuple(value(item) for item in old)
+            case Mapping():
+                return {key: value(item) for key, item in old.items()}
+        return old
+
+    def call(old: Call) -> Call:
+        models = tuple(replace(ref, name=names[ref.name]) for ref in old.models)
+        return replace(old, models=models, arguments={k: value(v) for k, v in old.arguments.items()})
+
+    def side(old: Side) -> Side:
+        if not isinstance(old.base, Metric):
+            return old
+        data = old.base.data and replace(old.base.data, name=names[old.base.data.name])
+        return replace(old, base=replace(old.base, model=names[old.base.model], data=data))
+
+    return replace(
+        recipe,
+        bindings=tuple(replace(b, name=names[b.name], call=call(b.call)) for b in recipe.bindings),
+        expects=tuple(replace(e, left=side(e.left), right=side(e.right)) for e in recipe.expects),
+        exports=tuple(replace(e, model=names[e.model], call=call(e.call)) for e in recipe.exports),
+    )
 
 
 def _word(text: str) -> tree.Word:
-    return tree.Word(flat(text), _NOWHERE)
+    return tree.Word(text, _NOWHERE)
 
 
 def _binding(binding: Binding, catalogue: Catalogue) -> tree.Bind:
@@ -94,7 +139,7 @@ def _value(value: Value) -> tree.Value:
         case tuple():
             return tree.List(tuple(_value(item) for item in value), _NOWHERE)
         case Ref():
-            return tree.Name(flat(value.name) + (f".{value.split}" if value.split else ""), _NOWHERE)
+            return tree.Name(value.name + (f".{value.split}" if value.split else ""), _NOWHERE)
         case Call(kind="depth"):
             ends = tuple(_value(value.arguments[key]) for key in ("first", "last"))
             return tree.Call(tree.Word("depth", _NOWHERE), ends, (), _NOWHERE)
@@ -139,7 +184,7 @@ def _unit_of(side: Side) -> str | None:
 
 
 def _metric(metric: Metric) -> tree.Name | tree.Call:
-    word = f"{flat(metric.model)}.{metric.metric}"
+    word = f"{metric.model}.{metric.metric}"
     inside = ([_value(metric.data)] if metric.data else []) + [_value(a) for a in metric.arguments]
     if not inside:
         return tree.Name(word, _NOWHERE)

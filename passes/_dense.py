@@ -43,12 +43,13 @@ def not_dense(kind: str, verb: str, model: Model, paths: Iterable[str]) -> Itera
         )
     if other:
         types = sorted({type(modules[p]).__name__ for p in other})
-        yield Diagnostic(
-            "E323",
-            f"`{kind}` needs dense weights",
-            notes=(f"{some(other)}: {', '.join(types)}",),
-            help=f"{verb} before the stage that made them, fold them, or leave them out with `except`",
-        )
+        notes = [f"{some(other)}: {', '.join(types)}"]
+        advice = f"{verb} before the stage that made them, fold them, or leave them out with `except`"
+        shared = {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}
+        if any(f"{p}.base" in shared for p in other):
+            notes.append("layers share what lies beneath; folding a difference in would end that")
+            advice = f"tie with `lora_rank = 0` to {verb} it, or leave these modules out with `except`"
+        yield Diagnostic("E323", f"`{kind}` needs dense weights", notes=tuple(notes), help=advice)
 
 
 def owner_of(model: Model, path: str) -> str:

@@ -41,6 +41,7 @@ def compile(options: argparse.Namespace) -> int:
     for each, expected in zip(found, planned, strict=True):
         result = front.compile(each.recipe, options.store, options.device, options.tiny, [watch])
         record = result.as_json(expected) | _about(each, expected)
+        record["warnings"] = [*expected["warnings"], *record["warnings"]]
         _finish_exports(record)
         pages = [options.store / "reports" / f"{_named(each)}.html"]
         for page in pages if options.report is None else [*pages, options.report]:
@@ -64,7 +65,9 @@ def _planned(each: Checked, options: argparse.Namespace, weights: bool = False) 
     made = front.plan(each.recipe, options.store, target, options.device, options.tiny, weights)
     if not options.json:
         _say((*each.warnings, *made.warnings))
-    return made.as_json() | {"settings": dict(each.settings), "disk_free": disk_free(options.store)}
+    told = [warning.as_json() for warning in (*each.warnings, *made.warnings)]
+    about = {"warnings": told, "settings": dict(each.settings), "disk_free": disk_free(options.store)}
+    return made.as_json() | about
 
 
 def _about(each: Checked, expected: dict[str, Any]) -> dict[str, Any]:

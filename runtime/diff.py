@@ -69,7 +69,7 @@ def _costs(model: Model) -> dict[str, int]:
 def _cost_rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     for key, (a, b) in record["cost"].items():
         words = fmt_bytes if "bytes" in key else fmt_count
-        change = f"{100 * (b - a) / a:+.1f} %" if a and a != b else ""
+        change = f"{100 * (b - a) / a:+.1f}%" if a and a != b else ""
         yield key.replace("_", " "), words(a), words(b), change
     a, b = record["layers"]
     yield "layers", str(a), str(b), f"{b - a:+d}" if a != b else ""

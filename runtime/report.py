@@ -65,6 +65,7 @@ def view(record: Record) -> dict[str, Any]:
         "contracts": [c for s in stages.values() if (c := contract_of(s))],
         "predictions": list(predictions_of(record, stages)),
         "expects": [expect_of(e) for e in record["expects"]],
+        "warnings": list({w["title"]: w for w in record.get("warnings", ())}.values()),
         "total_seconds": fmt_seconds(sum(s.get("seconds") or 0.0 for s in stages.values())),
     }
 

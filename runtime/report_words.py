@@ -58,12 +58,12 @@ def tone_of(measure: Measure, before: float, after: float) -> str:
 
 
 def fmt_change(before: float, after: float) -> str:
-    """`-66 %`, `+2.4 %`, `unchanged`."""
+    """`-66%`, `+2.4%`, `unchanged`."""
     if not before or before == after:
         return "unchanged" if before == after else ""
     percent = 100 * (after - before) / before
     text = f"{percent:+.0f}" if abs(percent) >= 10 else f"{percent:+.1f}"
-    return "unchanged" if float(text) == 0 else text.replace("-", MINUS) + " %"
+    return "unchanged" if float(text) == 0 else text.replace("-", MINUS) + "%"
 
 
 def many(n: int, noun: str) -> str:

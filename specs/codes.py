@@ -115,6 +115,7 @@ CODES: Mapping[str, str] = {
     "E454": "Models to be mixed give tokens different numbers.",
     "E455": "Models to be mixed write chats with different templates.",
     "W452": "A merge is given the same model more than once.",
+    "W453": "A merge keeps the pooler or task head of its first model.",
     "E456": "A tensor of a checkpoint holds a number that is not finite.",
     "E460": "A folder does not hold an adapter that can be read.",
     "E461": "An adapter uses an option that effc does not support.",

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from effc.dsl import text, tree, yaml_twin
-from effc.dsl.read import parse, read
+from effc.dsl.read import parse, read, read_file
 from effc.dsl.resolved import text_of
 from effc.dsl.to_yaml import canonical, to_yaml
 from effc.dsl.tree import Document
@@ -171,3 +171,21 @@ def test_a_resolved_recipe_reads_as_itself(path: Path) -> None:
         assert yours.right.base == mine.right.base
         assert yours.right.change == pytest.approx(mine.right.change)
     assert other.exports == one.exports
+
+
+def test_names_of_used_files_stay_apart_when_resolved(tmp_path: Path) -> None:
+    used = 'effc 1\nmodel base = load("a")\nmodel base_2 = load("b")\n'
+    (tmp_path / "common.effc").write_text(used)
+    main = tmp_path / "main.effc"
+    main.write_text(
+        'effc 1\nuse "common.effc" as c\nmodel c_base = load("d")\n'
+        "one = quantize.rtn(c.base)\ntwo = quantize.rtn(c_base)\nthree = quantize.rtn(c.base_2)\n"
+        "expect one.bytes <= c.base.bytes\n"
+        'export one as artifact("1")\nexport two as artifact("2")\nexport three as artifact("3")\n'
+    )
+    other = read(Source("r.effc", text_of(read_file(main, catalogue())[0].recipe, catalogue())), catalogue())
+    loaded = {b.name: b.call.arguments["path"] for b in other.recipe.bindings if b.keyword == "model"}
+    taken = {b.name: loaded[b.call.models[0].name] for b in other.recipe.bindings if b.keyword == "stage"}
+    assert taken == {"one": "a", "two": "d", "three": "b"}
+    (expect,) = other.recipe.expects
+    assert [loaded.get(m.model, m.model) for m in expect.metrics()] == ["one", "a"]

@@ -16,6 +16,7 @@ from effc.compiler.method import Context
 from effc.compiler.model import Model, TokenizerFiles
 from effc.compiler.shapes import Merge
 from effc.compiler.sharing import tie
+from effc.compiler.weights import LazyTensor
 from effc.passes.merge.linear import Linear as Mean
 from effc.passes.merge.slerp import Slerp
 from effc.passes.merge.task_arithmetic import TaskArithmetic
@@ -280,3 +281,15 @@ def test_vocabularies_and_templates_must_agree(family: tuple[Model, Model, Model
     )
     assert codes(Mean(), a, b) == ["E455"]
     same(run(Mean(template="first"), a, b), each(lambda x, y: (x + y) / 2, a, b))
+
+
+def test_a_merge_says_whose_head_it_keeps() -> None:
+    one, two = made(1), made(2)
+    assert Mean().refuses(one, [two]) == []
+    two.beside = {"score.weight": LazyTensor((3, 16), torch.float32, lambda: torch.zeros(3, 16))}
+    (told,) = Mean().refuses(one, [two])
+    assert (told.code, told.severity) == ("W453", "warning")
+    assert told.notes == ("the first has none", "model 2 of 2 has score.weight")
+    (told,) = Mean().refuses(two, [two.clone()])
+    assert told.notes == ("the first has score.weight",)
+    assert set(merge(Mean(), [two, one], Context(seed=0)).model.beside) == {"score.weight"}

@@ -213,3 +213,15 @@ def test_depth_and_recursion_compose(tiny: Model) -> None:
     looped = rewritten(Recursive(loops=2, lora_rank=2), thin)
     assert looped.layers == 4
     assert outputs(looped, IDS).shape == (3, 12, 48)
+
+
+def test_quantizing_layers_that_share_says_what_a_fold_would_cost() -> None:
+    shared = rewritten(Recursive(loops=2, lora_rank=2), filled(blank(layers=4)))
+    (told,) = RTN(bits=8).refuses(shared)
+    assert told.code == "E323"
+    assert any("folding" in note for note in told.notes)
+    assert told.help is not None
+    assert "lora_rank = 0" in told.help
+    alone = rewritten(Recursive(loops=2), filled(blank(layers=4)))
+    assert not RTN(bits=8).refuses(alone), "what the help says works"
+    assert rewritten(RTN(bits=8), alone).ties()

@@ -209,3 +209,12 @@ def test_a_plan_and_a_compile_share_one_shape(built: Built) -> None:
     for key in ("expects", "exports"):
         assert len(built.planned[key]) == len(built.compiled[key]) == 2
     assert [e["path"] for e in built.planned["exports"]] == [os.fspath(p) for p in (built.base, built.small)]
+
+
+def test_json_holds_the_warnings_of_the_language_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unused = RECIPE + 'data more = text("HERE/text/1.txt")\n'
+    recipe = Workplace(tmp_path).write(unused.replace("HERE", str(tmp_path)))
+    planned = _json(capsys, "plan", str(recipe), "--store", str(tmp_path / "store"))
+    assert "W201" in {warning["code"] for warning in planned["warnings"]}

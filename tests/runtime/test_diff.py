@@ -43,7 +43,7 @@ def test_shapes_are_not_compared_number_by_number() -> None:
     record = diff_models(model(8), model(12))
     assert {change["what"] for change in record["tensors"]} == {"shape"}
     assert record["cost"]["params"] == [8 * 33, 12 * 33]
-    assert "+50.0 %" in diff_text(record)
+    assert "+50.0%" in diff_text(record)
 
 
 def test_recipes_differ_in_the_lines_that_changed() -> None:

@@ -57,7 +57,7 @@ def record() -> dict[str, Any]:
 def test_says_what_shrank_what_it_cost_and_which_stage_cost_most(record: dict[str, Any]) -> None:
     seen = view(record)
     assert (seen["first"], seen["last"]) == ("base", "small")
-    assert seen["tiles"][0]["change"] == "\N{MINUS SIGN}75 %"
+    assert seen["tiles"][0]["change"] == "\N{MINUS SIGN}75%"
     assert seen["verdict"]["ok"]
     assert seen["verdict"]["detail"].startswith("2 expectations and 3 contracts")
     assert seen["sentences"] == [
@@ -115,4 +115,13 @@ def test_a_branching_recipe_measures_each_model_against_its_own_source(record: d
     record["stages"].append(stage("coarse", "quantize.rtn", ["base"], 5_000_000, 2.4, 1.0))
     rows = {row.name: row for row in view(record)["rows"]}
     assert rows["coarse"].source == "base"
-    assert rows["coarse"].cells[0].change == "\N{MINUS SIGN}69 %"
+    assert rows["coarse"].cells[0].change == "\N{MINUS SIGN}69%"
+
+
+def test_warnings_stand_on_the_page_once_each(record: dict[str, Any]) -> None:
+    assert "Warnings" not in page(record)
+    left = "the export leaves 2 tensors behind"
+    warning = {"code": "W553", "title": left, "notes": ["pooler.<weight>"], "help": "train a new head"}
+    text = page(record | {"warnings": [warning, dict(warning)]})
+    assert text.count(left) == 1
+    assert "pooler.&lt;weight&gt;" in text
