@@ -9,21 +9,18 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 
 
-class KernelSpec(BaseModel):
+class KernelSpec(BaseModel, frozen=True):
     """What an emitter is given. Two equal specs give equal text; a spec names no pointer and no device.
 
     What changes the order of a sum (splits of K, tiles of K) is a field; what is proved bit-equal (the number
     of threads, rows computed at once) is not.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True)
 
     op: ClassVar[str]
     version: ClassVar[int]
     """Raised when the emitted text changes, so that no key stands for two texts."""
-
-    def __hash__(self) -> int:
-        return hash(self.key)
 
     @property
     def key(self) -> str:

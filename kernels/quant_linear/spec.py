@@ -13,7 +13,7 @@ BLOCK = 64
 """Output channels that lie together: four vectors of 16."""
 
 
-class QuantLinearSpec(KernelSpec):
+class QuantLinearSpec(KernelSpec, frozen=True):
     """x [M, K] float32 becomes signed bytes, one scale for each row and group; sums in a group are exact.
 
     W is (code - zero code) scale, codes unsigned of b bits; the zero code is 2^(b-1) when symmetric.
