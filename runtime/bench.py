@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
-import sys
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.compiler.step import Cache
 from effc.runtime.generate import last_logits
+from effc.runtime.peak import high_water
 from effc.specs.units import fmt_bytes, fmt_count, fmt_seconds
 
 
@@ -73,7 +72,7 @@ def bench(model: Model, prompt_tokens: int, new_tokens: int, batch: int, data: A
     if data is not None:
         record["loss"] = measure(model, "loss", data)
         record["bpb"] = measure(model, "bpb", data)
-    record["peak_bytes"] = peak_resident()
+    record["peak_bytes"] = high_water()
     return record
 
 
@@ -95,12 +94,6 @@ def bench_text(record: dict[str, Any]) -> str:
         lines += [("loss", f"{record['loss']:.4f} nats a token"), ("", f"{record['bpb']:.4f} bits a byte")]
     lines.append(("peak memory", fmt_bytes(record["peak_bytes"])))
     return "\n".join(f"{what:<18}{value}" for what, value in lines)
-
-
-def peak_resident() -> int:
-    """Largest resident size of this process so far, bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _now(device: torch.device) -> float:

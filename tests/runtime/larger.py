@@ -13,12 +13,8 @@ import torch
 from effc.runtime import judging
 from effc.runtime.exports import _export
 from effc.runtime.front import parse
+from effc.runtime.peak import high_water
 from effc.runtime.run import compile
-
-
-def peak() -> int:
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
-
 
 if __name__ == "__main__":
     memory = int(sys.argv[3])
@@ -27,6 +23,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # what torch sets up once is no need of the run
     recipe = parse(Path(sys.argv[1]))
-    before = peak()
+    before = high_water()
     done = compile(recipe, sys.argv[2])
-    print(before, peak(), *(export.verified.replace(" ", "_") for export in done.exports))
+    print(before, high_water(), *(export.verified.replace(" ", "_") for export in done.exports))
