@@ -17,19 +17,20 @@ def walk(module: nn.Module, once: bool = True) -> list[tuple[str, nn.Module]]:
     The same as `named_modules`, several times faster; large models are walked for every edit.
     """
     found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
+    _walk("", module, set() if once else None, found)
+    return found
 
-    def below(path: str, item: nn.Module) -> None:
-        if once and id(item) in seen:
+
+def _walk(path: str, item: nn.Module, seen: set[int] | None, found: list[tuple[str, nn.Module]]) -> None:
+    """No closure: one that calls itself would keep all modules alive until cycles are collected."""
+    if seen is not None:
+        if id(item) in seen:
             return
         seen.add(id(item))
-        found.append((path, item))
-        for name, child in item._modules.items():
-            if child is not None:
-                below(f"{path}.{name}" if path else name, child)
-
-    below("", module)
-    return found
+    found.append((path, item))
+    for name, child in item._modules.items():
+        if child is not None:
+            _walk(f"{path}.{name}" if path else name, child, seen, found)
 
 
 def owned(module: nn.Module, once: bool = True) -> list[tuple[str, Tensor]]:
