@@ -121,6 +121,8 @@ class Context:
     """dtype of matrix products where a stage may choose; None leaves the model's own."""
     workdir: Path | None = None
     """Where a stage may spill; None keeps everything in memory."""
+    names: Mapping[str, str] | None = None
+    """Name in the file -> tensor, where an export alone takes the result, so that its file can be written."""
     stop: Callable[[], bool] = lambda: False
     """Asked at unit boundaries; true ends the stage cleanly after what is saved."""
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
-from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 from pydantic import Field
 from torch import Tensor
 
@@ -19,11 +21,23 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-Spare = Callable[[], Array]
-"""Gives one more float32 array [N] of unknown content to work in."""
 
 Losses = Mapping[str, Tensor]
 """Named scalars of one batch; `total` is what is minimized."""
+
+
+class Spare(Protocol):
+    """Gives one more array [N] of unknown content to work in."""
+
+    def __call__(self, dtype: DTypeLike = np.float32) -> Array: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """Where a piece lies: from number `start` of a tensor on. What is drawn at random is keyed by it."""
+
+    tensor: str
+    start: int
 
 
 class Rewrite(Method):
@@ -143,10 +157,10 @@ class Merge(Method):
     """Needs more models of the same structure. Streamed by runtime/merge.py, so it never holds a model.
 
     A piece is a run of N numbers of one tensor, the same run of every model, as float32 arrays [N];
-    the arithmetic is elementwise. The arrays given, and those that `spare()` gives, are reused for the next
-    piece: overwrite them freely, keep none (fresh arrays would cost more than the arithmetic). What must be
-    known of a whole tensor, or of the whole model, before pieces can merge (norms, thresholds) is gathered
-    in `rounds` earlier passes, whose statistics add up.
+    the arithmetic is elementwise, and no number that is not finite may come out finite. The arrays given,
+    and those that `spare()` gives, are reused for the next piece: overwrite them freely, keep none (fresh
+    arrays would cost more than the arithmetic). What must be known of a whole tensor, or of the whole model,
+    before pieces can merge (norms, thresholds) is gathered in `rounds` earlier passes.
     """
 
     models: ClassVar[tuple[int, int | None]] = (2, None)
@@ -169,18 +183,20 @@ class Merge(Method):
     def observe(
         self, number: int, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare
     ) -> Array:
-        """The statistics of one piece in round `number`; those of all pieces are added.
+        """What one piece says in round `number`, in an array of its own.
 
         `parts` holds one array [N] per model, `base` that of the field `base` where the method has one,
         `known` what earlier rounds settled (empty in round 0).
         """
         raise NotImplementedError
 
-    def settle(self, number: int, total: Array, known: Array) -> Array:
-        """What round `number` makes known, from the sum of its statistics."""
+    def settle(self, number: int, seen: Iterable[Array], known: Array) -> Array:
+        """What round `number` makes known, from what its pieces said, in their order."""
         raise NotImplementedError
 
-    def merge(self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare) -> Array:
+    def merge(
+        self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot
+    ) -> Array:
         """One piece of every model, float32 [N] each -> the merged piece [N], float32."""
         raise NotImplementedError
 

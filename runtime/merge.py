@@ -1,19 +1,19 @@
 """Merge models by streaming their tensors from disk, piece by piece; no model is ever built.
 
 Peak memory is a few megabytes a thread, whatever the size of the models; only a tensor that its checkpoint
-stores in another arrangement is read whole. A tied tensor is merged once. Every tensor becomes a safetensors
-file of its own in the stage's work folder, which the store takes over; groups of tensors are the units of the
-journal.
+stores in another arrangement is read whole. A tied tensor is merged once. The result goes into safetensors
+files in the stage's work folder (`result_files.py`), which the store takes over as they are; groups of
+tensors are the units of the journal.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from effc.compiler.alike import unlike
-from effc.compiler.method import Context, Outcome
+from effc.compiler.checkpoint_write import nbytes
+from effc.compiler.method import Context, Journal, Outcome
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Edit
 from effc.compiler.roles import layer_of
-from effc.compiler.shapes import Array, Merge
+from effc.compiler.shapes import Array, Merge, Spot
 from effc.compiler.weights import LazyTensor, Stored
 from effc.runtime.pieces import Desk, InMemory, OnDisk, Run, finite, spans, write
+from effc.runtime.result_files import laid_out, lazy, sync
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 UNIT = 256_000_000
@@ -38,6 +39,20 @@ UNIT = 256_000_000
 
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 NOTHING: Array = np.zeros(0)
+TOGETHER = 4
+"""Pieces that a thread takes at once; handing them out one by one would cost a tenth of the work on them."""
+AHEAD = 8
+"""Lots of pieces that are waited for at most, so that what they say never piles up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The same run of numbers of every model, on the desk of the thread that works on it."""
+
+    parts: list[Array]
+    base: Array | None
+    start: int
+    desk: Desk
 
 
 def merge(method: Merge, models: Sequence[Model], context: Context) -> Outcome:
@@ -49,14 +64,16 @@ def merge(method: Merge, models: Sequence[Model], context: Context) -> Outcome:
     first = models[0]
     base = context.models.get("base")
     family = [*models, base] if base is not None else list(models)
-    if problems := [*unlike(method.kind, family, method.template), *method.refuses(first, models[1:])]:
+    told = method.refuses(first, family[1:])
+    if problems := [d for d in told if d.severity == "error"]:
         raise EffcError(*_once(problems))
     with ExitStack() as stack:
         folder = context.workdir
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="effc-merge-")))
         pool = stack.enter_context(ThreadPoolExecutor(max(1, min(torch.get_num_threads(), 8))))
-        stream = _Stream(method, list(models), base, context, folder, pool, stack)
+        keeper = stack.enter_context(ThreadPoolExecutor(1))
+        stream = _Stream(method, list(models), base, context, folder, pool, keeper, stack)
         weights = stream.run()
         if context.workdir is None:
             weights = {name: _held(lazy.read()) for name, lazy in weights.items()}
@@ -74,32 +91,33 @@ class _Stream:
     context: Context
     folder: Path
     pool: ThreadPoolExecutor
+    keeper: ThreadPoolExecutor
     stack: ExitStack
     desks: threading.local = field(default_factory=threading.local)
     files: dict[Path, int] = field(default_factory=dict)
 
     def run(self) -> dict[str, LazyTensor]:
-        shapes = {name: tensor for name, tensor in self.models[0].tensors().items()}
-        known = self._survey(list(shapes)) if self.method.rounds and self.method.over == "model" else None
-        made: dict[str, LazyTensor] = {}
-        for number, names in enumerate(_units(shapes)):
-            unit = f"merge-{number:04d}"
-            finished = self.context.journal is not None and self.context.journal.done(unit)
+        layout = {name: (tuple(t.shape), t.dtype) for name, t in self.models[0].tensors().items()}
+        homes, fresh = laid_out(self.folder, layout, self.context.names)
+        known = self._survey(list(homes)) if self.method.rounds and self.method.over == "model" else None
+        journal, kept, done = self.context.journal, None, 0
+        for number, names in enumerate(_units({name: nbytes(*layout[name]) for name in homes})):
+            unit, files = f"merge-{number:04d}", {homes[name].file for name in names}
+            finished = journal is not None and journal.done(unit) and not files & fresh
             for name in names:
-                path = self.folder / f"{len(made):05d}.safetensors"
-                dtype, shape = shapes[name].dtype, tuple(shapes[name].shape)
-                offset = (
-                    self._write(name, path, dtype, shape, known) if not finished else _header(dtype, shape)[1]
-                )
-                made[name] = lazy(path, offset, dtype, shape)
-                self.context.progress(len(made), len(shapes), "tensors")
-            if self.context.journal is not None and not finished:
-                for name in names:
-                    _sync(made[name])
-                self.context.journal.save(unit, {}, {"tensors": names})
+                if not finished:
+                    self._write(name, homes[name], layout[name][1], known)
+                done += 1
+                self.context.progress(done, len(homes), "tensors")
+            if journal is not None and not finished:
+                if kept is not None:
+                    kept.result()
+                kept = self.keeper.submit(_keep, journal, unit, files, names)
             if self.context.stop():
                 raise KeyboardInterrupt
-        return made
+        if kept is not None:
+            kept.result()
+        return {name: lazy(home, *layout[name]) for name, home in homes.items()}
 
     def _survey(self, names: Sequence[str]) -> Array:
         """What statistics over the whole model make known."""
@@ -108,61 +126,64 @@ class _Stream:
         if journal is not None and journal.done("merge-survey"):
             return np.array(journal.read("merge-survey")[0]["known"].numpy())
         for number in range(self.method.rounds):
-            total: Array | float = 0
-            for name in names:
-                total = total + self._round(name, number, known)
-            known = self.method.settle(number, np.asarray(total), known)
+            known = self.method.settle(number, self._round(names, number, known), known)
         if journal is not None:
             journal.save("merge-survey", {"known": torch.from_numpy(known.copy())}, {})
         return known
 
-    def _round(self, name: str, number: int, known: Array) -> Array:
-        """The statistics of one tensor in one round, added in the order of its pieces."""
-        method = self._at(name)
+    def _round(self, names: Sequence[str], number: int, known: Array) -> Iterator[Array]:
+        """What the pieces of some tensors say in one round, in their order."""
+        for name in names:
+            method = self._at(name)
 
-        def observe(runs: Sequence[Run], base: Run | None, span: tuple[int, int]) -> Array:
-            parts, below, desk = self._pieces(name, runs, base, span)
-            return method.observe(number, parts, below, known, desk.spare)
+            def observe(piece: Piece, method: Merge = method) -> Array:
+                return method.observe(number, piece.parts, piece.base, known, piece.desk.spare)
 
-        total: Array | float = 0
-        for part in self._each(name, observe):
-            total = total + part
-        return np.asarray(total)
+            yield from self._each(name, observe)
 
-    def _write(
-        self, name: str, path: Path, dtype: torch.dtype, shape: tuple[int, ...], known: Array | None
-    ) -> int:
-        """Merge one tensor into a file of its own; the offset of its first byte."""
+    def _write(self, name: str, home: Stored, dtype: torch.dtype, known: Array | None) -> None:
+        """Merge one tensor to where it goes."""
         method = self._at(name)
         if known is None:
             known = NOTHING
             for number in range(method.rounds):
-                known = method.settle(number, self._round(name, number, known), known)
+                known = method.settle(number, self._round([name], number, known), known)
         settled = known
-        head, offset = _header(dtype, shape)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = os.open(home.file, os.O_WRONLY)
         try:
-            os.pwrite(descriptor, head, 0)
 
-            def mix(runs: Sequence[Run], base: Run | None, span: tuple[int, int]) -> None:
-                parts, below, desk = self._pieces(name, runs, base, span)
-                out = method.merge(parts, below, settled, desk.spare)
-                write(descriptor, offset + span[0] * dtype.itemsize, out, DTYPES[dtype], desk)
+            def mix(piece: Piece) -> None:
+                spot = Spot(name, piece.start)
+                out = method.merge(piece.parts, piece.base, settled, piece.desk.spare, spot)
+                write(descriptor, home.offset + piece.start * dtype.itemsize, out, DTYPES[dtype], piece.desk)
 
             for _ in self._each(name, mix):
                 pass
         finally:
             os.close(descriptor)
-        return offset
 
     def _at(self, name: str) -> Merge:
         return self.method.at(layer_of(name), self.models[0].layers)
 
-    def _each(self, name: str, work: Callable[..., Any]) -> Iterator[Any]:
+    def _each(self, name: str, work: Callable[[Piece], Any]) -> Iterator[Any]:
         """Run `work` on every piece of a tensor, side by side; results in the order of the pieces."""
         runs = [self._run(model, name) for model in self.models]
         base = self._run(self.base, name) if self.base is not None else None
-        return self.pool.map(lambda span: work(runs, base, span), spans(runs[0].size))
+        waiting: deque[Future[list[Any]]] = deque()
+
+        def some(cut: Sequence[tuple[int, int]]) -> list[Any]:
+            return [work(self._piece(name, runs, base, span)) for span in cut]
+
+        try:
+            cuts = spans(runs[0].size)
+            for first in range(0, len(cuts), TOGETHER):
+                if len(waiting) == AHEAD:
+                    yield from waiting.popleft().result()
+                waiting.append(self.pool.submit(some, cuts[first : first + TOGETHER]))
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            wait(waiting)  # nobody writes to a file that is closed, or reads for a merge that failed
 
     def _run(self, model: Model, name: str) -> Run:
         tensor = model.weights.get(name)
@@ -178,9 +199,7 @@ class _Stream:
         size = int(np.prod(tensor.shape, dtype=np.int64))
         return OnDisk(self.files[file], tensor.stored.offset, size, DTYPES[tensor.dtype])
 
-    def _pieces(
-        self, name: str, runs: Sequence[Run], base: Run | None, span: tuple[int, int]
-    ) -> tuple[list[Array], Array | None, Desk]:
+    def _piece(self, name: str, runs: Sequence[Run], base: Run | None, span: tuple[int, int]) -> Piece:
         """One piece of every model on this thread's desk, checked for numbers that are not finite."""
         if not hasattr(self.desks, "desk"):
             self.desks.desk = Desk()
@@ -196,51 +215,26 @@ class _Stream:
                 which = "the base" if number > len(runs) else f"model {number} of {len(runs)}"
                 _not_finite(name, which)
             arrays.append(array)
-        return arrays[: len(runs)], arrays[-1] if base is not None else None, desk
+        return Piece(arrays[: len(runs)], arrays[-1] if base is not None else None, start, desk)
 
 
-def lazy(path: Path, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> LazyTensor:
-    """The tensor that lies at `offset` of a file."""
-    size = int(np.prod(shape, dtype=np.int64))
-
-    def read() -> Tensor:
-        with path.open("rb") as file:
-            file.seek(offset)
-            content = bytearray(file.read(size * dtype.itemsize))
-        return (
-            torch.frombuffer(content, dtype=dtype).reshape(shape) if size else torch.empty(shape, dtype=dtype)
-        )
-
-    return LazyTensor(shape, dtype, read, Stored(path, offset))
+def _keep(journal: Journal, unit: str, files: Iterable[Path], names: Sequence[str]) -> None:
+    """Put a finished unit on disk while the next one is computed."""
+    sync(files)
+    journal.save(unit, {}, {"tensors": list(names)})
 
 
-def _units(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+def _units(sizes: Mapping[str, int]) -> list[list[str]]:
     """The tensors in groups of about UNIT bytes."""
     groups: list[list[str]] = []
     filled = UNIT
-    for name, tensor in tensors.items():
+    for name, size in sizes.items():
         if filled >= UNIT:
             groups.append([])
             filled = 0
         groups[-1].append(name)
-        filled += tensor.numel() * tensor.element_size()
+        filled += size
     return groups
-
-
-def _header(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[bytes, int]:
-    """The head of a safetensors file with one tensor, and where its bytes begin."""
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    table = {"tensor": {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [0, size]}}
-    text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text)
-
-
-def _sync(tensor: LazyTensor) -> None:
-    assert tensor.stored is not None
-    descriptor = os.open(tensor.stored.file, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _numbers(tensor: Tensor) -> Array:

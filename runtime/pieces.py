@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
 
-PIECE = 1 << 17
-"""Numbers worked on at once: float32 arrays of 512 kB stay near the core."""
+PIECE = 1 << 16
+"""Numbers worked on at once: a handful of float32 arrays of 256 kB stay near the core."""
+STRIP = 1 << 13
+"""Numbers whose squares are added at once, few enough that no library starts threads for them."""
 
 STORED: dict[str, type[np.generic]] = {
     "F64": np.float64,
@@ -29,25 +31,28 @@ STORED: dict[str, type[np.generic]] = {
 
 
 class Desk:
-    """The buffers of one thread: float32 arrays handed out one after another, and room for stored bytes."""
+    """The buffers of one thread: arrays handed out one after another, and room for stored bytes."""
 
     def __init__(self) -> None:
-        self._arrays: list[Array] = []
-        self._used = 0
+        self._arrays: dict[np.dtype[Any], list[Array]] = {}
+        self._used: dict[np.dtype[Any], int] = {}
         self._length = PIECE
         self._raw = np.empty(PIECE, np.float64)
 
     def clear(self, length: int) -> None:
         """Take all arrays back; the next ones have this length."""
-        self._used = 0
+        self._used.clear()
         self._length = length
 
-    def spare(self) -> Array:
-        """One more array [length] float32 of unknown content."""
-        if self._used == len(self._arrays):
-            self._arrays.append(np.empty(PIECE, np.float32))
-        self._used += 1
-        return self._arrays[self._used - 1][: self._length]
+    def spare(self, dtype: DTypeLike = np.float32) -> Array:
+        """One more array [length] of unknown content."""
+        kind = np.dtype(dtype)
+        arrays = self._arrays.setdefault(kind, [])
+        used = self._used.get(kind, 0)
+        if used == len(arrays):
+            arrays.append(np.empty(PIECE, kind))
+        self._used[kind] = used + 1
+        return arrays[used][: self._length]
 
     def raw(self, dtype: str) -> Array:
         """Room for `length` stored numbers; one at a time."""
@@ -112,7 +117,7 @@ def write(descriptor: int, offset: int, numbers: Array, dtype: str, desk: Desk) 
     raw = numbers
     if dtype == "BF16":
         bits = numbers.view(np.uint32)
-        odd = desk.spare().view(np.uint32)
+        odd = desk.spare(np.uint32)
         np.right_shift(bits, 16, out=odd)
         odd &= 1
         odd += 0x7FFF
@@ -131,8 +136,10 @@ def write(descriptor: int, offset: int, numbers: Array, dtype: str, desk: Desk) 
 
 def finite(numbers: Array) -> bool:
     """Whether no number is infinite or NaN. The sum of squares is finite unless one is, or it overflows."""
+    even = numbers.size - numbers.size % STRIP
+    rows, rest = numbers[:even].reshape(-1, STRIP), numbers[even:]
     with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(np.dot(numbers, numbers)):
+        if np.isfinite(np.vecdot(rows, rows).sum() + np.dot(rest, rest)):
             return True
     return bool(np.isfinite(numbers).all())
 

@@ -33,7 +33,8 @@ def run_stage(method: Method, inputs: Sequence[Model], context: Context) -> Outc
         EffcError: what the method refuses about these models (E3), and what its runner raises.
         KeyboardInterrupt: when the context asks to stop.
     """
-    problems = [d for d in method.refuses(inputs[0], inputs[1:]) if d.severity == "error"]
+    others = [*inputs[1:], *context.models.values()]
+    problems = [d for d in method.refuses(inputs[0], others) if d.severity == "error"]
     if problems:
         raise EffcError(*problems)
     with Peak() as peak:

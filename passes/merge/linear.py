@@ -9,7 +9,7 @@ from pydantic import Field
 
 from effc.compiler.contract import LOSSY, Contract
 from effc.compiler.model import Model
-from effc.compiler.shapes import Array, Merge, Spare
+from effc.compiler.shapes import Array, Merge, Spare, Spot
 from effc.passes.merge._weights import shares, wrong_weights
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
@@ -41,7 +41,9 @@ class Linear(Merge):
         wrong = wrong_weights(self.kind, self.weight, 1 + len(others), self.normalize)
         return [*super().refuses(model, others), *wrong]
 
-    def merge(self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare) -> Array:
+    def merge(
+        self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot
+    ) -> Array:
         total, *rest = parts
         first, *others = shares(self.weight, len(parts), self.normalize)
         total *= np.float32(first)

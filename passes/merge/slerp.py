@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import acos, sin, sqrt
 from typing import ClassVar
 
@@ -10,11 +10,11 @@ import numpy as np
 from pydantic import Field
 
 from effc.compiler.contract import LOSSY, Contract
-from effc.compiler.shapes import Array, Merge, Spare
+from effc.compiler.shapes import Array, Merge, Spare, Spot
 from effc.specs.paper import FOLKLORE
 
-STRIP = 1 << 13
-"""Numbers turned into float64 at a time: 64 kB, which never leave the nearest cache."""
+STRIP = 1 << 10
+"""Numbers whose products are added in float32; their sums are added in float64."""
 
 
 class Slerp(Merge):
@@ -44,15 +44,12 @@ class Slerp(Merge):
         self, number: int, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare
     ) -> Array:
         """[3]: a.a, a.b, b.b in float64"""
-        total = np.zeros(3)
-        for start in range(0, parts[0].size, STRIP):
-            a, b = (part[start : start + STRIP].astype(np.float64) for part in parts)
-            total += (a @ a, a @ b, b @ b)
-        return total
+        a, b = parts
+        return np.array([_dot(a, a), _dot(a, b), _dot(b, b)])
 
-    def settle(self, number: int, total: Array, known: Array) -> Array:
+    def settle(self, number: int, seen: Iterable[Array], known: Array) -> Array:
         """[2]: the factors of a and b"""
-        aa, ab, bb = (float(value) for value in total)
+        aa, ab, bb = (float(value) for value in sum(seen, np.zeros(3)))
         norms = sqrt(aa * bb)
         cosine = ab / norms if norms > 0 else 1.0
         if abs(cosine) > self.straight:
@@ -60,9 +57,18 @@ class Slerp(Merge):
         angle = acos(cosine)
         return np.array([sin((1.0 - self.t) * angle), sin(self.t * angle)]) / sin(angle)
 
-    def merge(self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare) -> Array:
+    def merge(
+        self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot
+    ) -> Array:
         a, b = parts
         a *= np.float32(known[0])
         b *= np.float32(known[1])
         a += b
         return a
+
+
+def _dot(a: Array, b: Array) -> float:
+    """a.b of float32 [N], without a float64 copy."""
+    even = a.size - a.size % STRIP
+    strips = np.vecdot(a[:even].reshape(-1, STRIP), b[:even].reshape(-1, STRIP))
+    return float(strips.sum(dtype=np.float64)) + float(np.dot(a[even:], b[even:]))

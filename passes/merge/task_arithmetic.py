@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from effc.compiler.contract import LOSSY, Contract
 from effc.compiler.method import ModelRef
 from effc.compiler.model import Model
-from effc.compiler.shapes import Array, Merge, Spare
+from effc.compiler.shapes import Array, Merge, Spare, Spot
 from effc.passes.merge._weights import shares, wrong_weights
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
@@ -39,10 +39,43 @@ class TaskArithmetic(Merge):
         description="factor of the sum; negative unlearns, 0 would change nothing",
     )
 
-    def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
-        return [*super().refuses(model, others), *wrong_weights(self.kind, self.weight, 1 + len(others))]
+    @model_validator(mode="after")
+    def _moves_something(self) -> Self:
+        if not self.lambda_:
+            raise ValueError("lambda = 0 gives back the base; write another factor, or use the base itself")
+        return self
 
-    def merge(self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare) -> Array:
+    def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
+        """`others` ends with the base."""
+        models = [model, *others[:-1]]
+        return [
+            *super().refuses(model, others),
+            *wrong_weights(self.kind, self.weight, len(models)),
+            *self._twice(models),
+        ]
+
+    def _twice(self, models: Sequence[Model]) -> list[Diagnostic]:
+        """A warning where one model stands in the list more than once."""
+        places = [[k for k, other in enumerate(models, 1) if other is model] for model in models]
+        double = next((found for found in places if len(found) > 1), None)
+        if double is None:
+            return []
+        said = " and ".join(map(str, double))
+        return [
+            Diagnostic(
+                "W452",
+                f"`{self.kind}` is given one model {len(double)} times",
+                notes=(
+                    f"numbers {said} of the list are the same, so its change is added {len(double)} times",
+                ),
+                help="take it out, or write a larger `weight` for it",
+                severity="warning",
+            )
+        ]
+
+    def merge(
+        self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot
+    ) -> Array:
         assert base is not None
         total, *rest = parts
         first, *others = shares(self.weight, len(parts))

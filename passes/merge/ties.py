@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from effc.compiler.contract import LOSSY, Contract
 from effc.compiler.method import ModelRef
 from effc.compiler.model import Model
-from effc.compiler.shapes import Array, Merge, Spare
+from effc.compiler.shapes import Array, Merge, Spare, Spot
+from effc.passes.merge._elect import Sign, elected, wrong_votes
 from effc.passes.merge._weights import shares, wrong_weights
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
@@ -21,8 +22,6 @@ HIGH = 1 << 15
 """Bins of the first round: sign dropped, exponent and the upper 7 bits of the mantissa of a float32."""
 LOW = 1 << 16
 """Bins of the second round: the lower 16 bits of the mantissa, within one bin of the first."""
-
-TINY = np.finfo(np.float32).tiny
 
 
 class Ties(Merge):
@@ -53,97 +52,94 @@ class Ties(Merge):
     density: Share = Field(default=0.2, gt=0, le=1, description="share of each change that is kept")
     weight: tuple[float, ...] = Field(default=(), description="factor of each change; all 1 unless written")
     lambda_: float = Field(default=1.0, alias="lambda", description="factor of the merged change")
-    sign: Literal["sum", "count"] = Field(
-        default="sum", description="elect by the sum of the changes or by their number"
-    )
+    sign: Sign = Field(default="sum", description="elect by the sum of the changes or by their number")
     scope: Literal["model", "tensor"] = Field(default="model", description="what the density is a share of")
+
+    @model_validator(mode="after")
+    def _moves_something(self) -> Self:
+        if not self.lambda_:
+            raise ValueError("lambda = 0 gives back the base; write another factor, or use the base itself")
+        return self
 
     @property
     def over(self) -> str:
         return self.scope
 
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
-        wrong = wrong_weights(self.kind, self.weight, 1 + len(others))
-        if min(self.weight, default=1.0) <= 0:
-            wrong.append(
-                Diagnostic(
-                    "E452",
-                    f"`weight` of `{self.kind}` holds {min(self.weight):g}",
-                    notes=("changes vote with their weight, so each must be above 0",),
-                    help="leave the model out, or unlearn it with merge.task_arithmetic(lambda = -1)",
-                    about="weight",
-                )
-            )
-        return [*super().refuses(model, others), *wrong]
+        """`others` ends with the base."""
+        wrong = wrong_weights(self.kind, self.weight, len(others))  # the base is one of the others
+        return [*super().refuses(model, others), *wrong, *wrong_votes(self.kind, self.weight)]
 
     def observe(
         self, number: int, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare
     ) -> Array:
-        """Round 0: [K, HIGH] counts of the upper halves of |d_k|; round 1: [K, LOW] of the lower halves."""
+        """Round 0: [K, HIGH] counts of the upper halves of |d_k|. Round 1: how many of each model share
+        the upper half of its threshold, then their lower halves, one model after another."""
         assert base is not None
         if number == 0:
-            return np.stack([np.bincount(_upper(_bits(part, base)), minlength=HIGH) for part in parts])
-        rows = []
-        for part, (high, _) in zip(parts, known, strict=True):
-            bits = _bits(part, base)
-            low = bits[(bits >= high << 16) & (bits < (high + 1) << 16)] & 0xFFFF
-            rows.append(np.bincount(low, minlength=LOW))
-        return np.stack(rows)
+            wide = spare(np.int64)  # what bincount takes without a copy
+            return np.stack([_counts(_bits(part, base), wide) for part in parts])
+        rows = [_within(_bits(part, base), int(high)) for part, (high, _) in zip(parts, known, strict=True)]
+        return np.concatenate([np.array([row.size for row in rows], np.uint32), *rows])
 
-    def settle(self, number: int, total: Array, known: Array) -> Array:
+    def settle(self, number: int, seen: Iterable[Array], known: Array) -> Array:
         """Round 0: [K, 2] the bin of each threshold, entries kept inside it; round 1: [K] the thresholds."""
         if number == 0:
+            total = _sum(seen)
             keep = np.maximum(1, np.rint(self.density * total.sum(1))).astype(np.int64)
             return np.array([_bin_of(row, count) for row, count in zip(total, keep, strict=True)])
+        total = np.zeros((len(known), LOW), np.int64)
+        for row in seen:
+            start = len(known)
+            for k, size in enumerate(row[:start].tolist()):
+                np.add.at(total[k], row[start : start + size], 1)
+                start += size
         low = [_bin_of(row, count)[0] for row, (_, count) in zip(total, known, strict=True)]
         bits: Array = ((known[:, 0] << 16) | np.array(low)).astype(np.uint32)
         return bits.view(np.float32)
 
-    def merge(self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare) -> Array:
+    def merge(
+        self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot
+    ) -> Array:
         assert base is not None
-        up, down, ups, downs, one = (spare() for _ in range(5))
-        for total in (up, down, ups, downs):
-            total.fill(0)
-        for share, change, threshold in zip(shares(self.weight, len(parts)), parts, known, strict=True):
+        one = spare()
+        for change, threshold in zip(parts, known, strict=True):
             change -= base
             np.abs(change, out=one)
             change *= np.greater_equal(one, threshold, out=one)
-            for sums, counts, side, beyond in (
-                (up, ups, np.maximum, np.greater),
-                (down, downs, np.minimum, np.less),
-            ):
-                side(change, 0, out=one)
-                sums += one if share == 1.0 else np.multiply(one, np.float32(share), out=one)
-                beyond(change, 0, out=one)
-                counts += one if share == 1.0 else np.multiply(one, np.float32(share), out=one)
-        lead = np.add(up, down, out=one) if self.sign == "sum" else np.subtract(ups, downs, out=one)
-        rising = np.greater_equal(lead, 0, out=lead)
-        up *= rising
-        ups *= rising
-        falling = np.subtract(1, rising, out=rising)
-        down *= falling
-        downs *= falling
-        up += down
-        ups += downs
-        np.maximum(ups, TINY, out=ups)  # where nothing is kept, 0 / TINY
-        up /= ups
-        up *= np.float32(self.lambda_)
-        up += base
-        merged: Array = up
-        return merged
+        change = elected(parts, shares(self.weight, len(parts)), self.sign, spare)
+        if self.lambda_ != 1.0:
+            change *= np.float32(self.lambda_)
+        change += base
+        return change
 
 
 def _bits(part: Array, base: Array) -> Array:
-    """|part - base| as its bit pattern [N] int32, which orders floats without sign as integers. In place."""
+    """|part - base| as its bit pattern [N] uint32, which orders floats without sign as integers. In place."""
     part -= base
-    bits: Array = part.view(np.int32)
-    bits &= 0x7FFFFFFF
+    bits: Array = part.view(np.uint32)
+    bits &= np.uint32(0x7FFFFFFF)
     return bits
 
 
-def _upper(bits: Array) -> Array:
-    bits >>= 16
-    return bits
+def _counts(bits: Array, wide: Array) -> Array:
+    """[HIGH] how often each upper half occurs."""
+    np.right_shift(bits, 16, out=wide)
+    return np.bincount(wide, minlength=HIGH)
+
+
+def _within(bits: Array, high: int) -> Array:
+    """The lower halves of those that have this upper half. In place."""
+    bits -= np.uint32(high << 16)
+    return bits[bits < LOW]
+
+
+def _sum(seen: Iterable[Array]) -> Array:
+    total: Array | None = None
+    for row in seen:
+        total = row if total is None else np.add(total, row, out=total)
+    assert total is not None
+    return total
 
 
 def _bin_of(counts: Array, keep: int) -> tuple[int, int]:
