@@ -1,0 +1,1 @@
+"""norm: RMS or layer normalisation of rows, in C."""
