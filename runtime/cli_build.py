@@ -86,7 +86,7 @@ def _about(each: Checked, expected: dict[str, Any]) -> dict[str, Any]:
 
 def _finish_exports(record: dict[str, Any]) -> None:
     """Size on disk, and for Hugging Face folders the command line that evaluates them."""
-    from effc.runtime.harness import evaluation
+    from effc.runtime.harness import OFFLINE, evaluation
     from effc.specs.units import fmt_bytes
 
     for export in record["exports"]:
@@ -97,6 +97,7 @@ def _finish_exports(record: dict[str, Any]) -> None:
         export["size"] = fmt_bytes(sum(p.stat().st_size for p in files))
         if export["format"] in ("hf", "compressed_tensors"):
             export["evaluate"] = evaluation(place)
+            export["evaluate_offline"] = OFFLINE if export["evaluate"] else None
 
 
 def _named(each: Checked) -> str:

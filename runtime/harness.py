@@ -1,8 +1,6 @@
 """The command line with which EleutherAI's lm-evaluation-harness (lm_eval) evaluates an exported folder.
 
-`--tasks lambada_openai` loads its text from the Hugging Face hub. Without a network, put a task file of your
-own beside a JSON Lines file and write `--include_path FOLDER --tasks NAME` instead. The harness scores how
-likely texts are, so a folder without a tokenizer has no such line, nor has an encoder.
+The harness scores how likely texts are, so a folder without a tokenizer has no such line, nor has an encoder.
 """
 
 from __future__ import annotations
@@ -14,12 +12,19 @@ from pathlib import Path
 TASK = "lambada_openai"
 """Prose of which the last word is to be told: one number in minutes, sensitive to damage by compression."""
 
+OFFLINE = f"""\
+{TASK} loads its text from the Hugging Face hub. Without a network, put a task file (YAML) of your own beside
+a JSON Lines file and replace `--tasks {TASK}` by `--include_path FOLDER --tasks NAME`."""
+
 _DECODERS = ("ForCausalLM", "LMHeadModel")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def evaluation(folder: Path, task: str = TASK) -> str | None:
-    """The line for a folder in the layout of transformers, quoted for a shell; None where none works."""
+def evaluation(folder: Path, task: str = TASK, tasks: Path | None = None) -> str | None:
+    """The line for a folder in the layout of transformers, quoted for a shell; None where none works.
+
+    `tasks` is a folder with task files of one's own.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZERS):
         return None
     try:
@@ -33,4 +38,5 @@ def evaluation(folder: Path, task: str = TASK) -> str | None:
     given = f"pretrained={place},dtype=auto"
     if "," in place or "=" in place:  # what separates the harness's own arguments
         given = json.dumps({"pretrained": place, "dtype": "auto"})
-    return f"lm_eval --model hf --model_args {shlex.quote(given)} --tasks {task} --batch_size 8"
+    own = f"--include_path {shlex.quote(str(tasks))} " if tasks is not None else ""
+    return f"lm_eval --model hf --model_args {shlex.quote(given)} {own}--tasks {task} --batch_size 8"

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from effc.compiler.plan_text import table
+from effc.dsl.resolved import flat_names, text_of
 from effc.runtime import artifact
+from effc.runtime.catalogue import catalogue
 from effc.runtime.compiled import Compiled, ExpectRun, StageRun
 from effc.runtime.report import page
 from effc.runtime.report_words import many
@@ -19,6 +22,8 @@ from effc.specs.units import fmt_bytes, fmt_seconds
 
 LIBRARIES = ("effc", "torch", "numpy", "safetensors", "tokenizers")
 _EDITS_SHOWN = 40
+_USE = re.compile(r"^[\"']?use\b", re.MULTILINE)
+"""A recipe with parts in other files, which are joined into the text that an artefact keeps."""
 
 
 def story_of(compiled: Compiled, expects: Sequence[ExpectRun], model: str, store: Store) -> artifact.Story:
@@ -30,9 +35,11 @@ def story_of(compiled: Compiled, expects: Sequence[ExpectRun], model: str, store
         "expects": [e.as_json() for e in expects],
     }
     source = compiled.recipe.source
+    joined = source is not None and bool(_USE.search(source.text))
     return artifact.Story(
-        recipe=source.text if source else None,
+        recipe=text_of(compiled.recipe, catalogue()) if joined else source.text if source else None,
         lock={
+            **({"names": flat_names(compiled.recipe)} if joined else {}),
             "recipe": compiled.recipe.name,
             "model": model,
             "params": record["params"],

@@ -1,4 +1,4 @@
-"""`effc verify ARTEFACT`: is it what its manifest and lock say, and does it measure what was measured?"""
+"""`effc verify`: is an artefact or export what was written, and does it measure what was measured?"""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from effc.compiler.checkpoint import read_folder
 from effc.compiler.cost import count
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.runtime import artifact
-from effc.specs.diagnostic import EffcError
+from effc.runtime.consumer import ask
+from effc.runtime.exports._mark import MARK, changed, get
+from effc.runtime.exports.hf import Hf
+from effc.runtime.load import load
+from effc.specs.diagnostic import Diagnostic, EffcError
 
 LOSS_TOLERANCE = 5e-3
 """Relative difference of a loss that another machine's arithmetic may make."""
+
+_SAME = "a fresh process computes the same"
 
 
 def verify(folder: Path, deep: bool = False) -> dict[str, Any]:
@@ -24,8 +33,15 @@ def verify(folder: Path, deep: bool = False) -> dict[str, Any]:
     Returns {"artefact", "holds", "checks": [{"what", "holds", "detail"}]}.
 
     Raises:
-        EffcError: when the folder is no artefact at all (E44x).
+        EffcError: when the folder is neither an artefact nor an export at all (E44x).
     """
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist"
+        help = "give the folder of an artefact or of another export"
+        raise EffcError(Diagnostic("E441", f"`{folder}` {what}", help=help))
+    if not artifact.is_artifact(folder) and (folder / MARK).is_file():
+        checks = [*_exported(folder, deep)]
+        return {"artefact": str(folder), "holds": all(c["holds"] for c in checks), "checks": checks}
     checks = [_check("files are those of the manifest", *_files(folder))]
     if checks[0]["holds"]:
         model = artifact.read(folder)
@@ -43,7 +59,8 @@ def verify_text(record: Mapping[str, Any]) -> str:
     """A line for each check."""
     words = {True: "holds", False: "FAILS", None: "-"}
     lines = [f"{words[c['holds']]:<7}{c['what']}: {c['detail']}" for c in record["checks"]]
-    end = "the artefact is what it says" if record["holds"] else "the artefact is NOT what it says"
+    what = "artefact" if artifact.is_artifact(Path(record["artefact"])) else "export"
+    end = f"the {what} is what it says" if record["holds"] else f"the {what} is NOT what it says"
     return "\n".join([*lines, end])
 
 
@@ -52,6 +69,33 @@ def _files(folder: Path) -> tuple[bool, str]:
     if changed:
         return False, "; ".join(d.title for d in changed)
     return True, f"{len(artifact.manifest(folder))} files"
+
+
+def _exported(folder: Path, deep: bool) -> Iterator[dict[str, Any]]:
+    """The checks of a folder in the format of another tool."""
+    mark = get(folder)
+    kind, odd = str(mark.get("export")), changed(folder, mark)
+    table = mark.get("files", {})
+    yield _check(
+        "files are those of the export", bool(table) and not odd, ", ".join(odd) or f"{len(table)} files"
+    )
+    if odd or not table:
+        return
+    try:
+        weights = read_folder(folder)
+        yield _check("headers and index of the weights", True, f"{len(weights)} tensors")
+        if kind == "hf":
+            fitting = load(folder)
+            yield _check("config and weights fit", True, f"{len(fitting.tensors())} tensors")
+            if deep:
+                verdict = Hf(path=str(folder)).verify(folder, fitting)
+                yield _check(_SAME, True, f"{verdict.consumer}, error {verdict.error:.1e}")
+        elif deep and kind == "compressed_tensors":
+            answer = ask("compressed_tensors", folder, torch.arange(16).view(1, 16))
+            finite = bool(answer.logits.isfinite().all())
+            yield _check("a fresh process runs it", finite, f"{answer.version}, logits are finite")
+    except EffcError as problem:
+        yield _check("it can be loaded", False, problem.diagnostics[0].title)
 
 
 def _locked(lock: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -79,25 +123,26 @@ def _losses(model: Model, told: artifact.Story, locked: Mapping[str, Any]) -> It
     losses = locked.get("loss") or {}
     if not losses or told.recipe is None or told.lock.get("tiny"):
         return
+    from effc.compiler.around import REPORTED
     from effc.dsl.read import read
     from effc.runtime.bind import spec_of
     from effc.runtime.catalogue import catalogue
     from effc.runtime.evaluate import loss
-    from effc.runtime.judging import TOKENS
     from effc.specs.source import Source
 
+    plain = told.lock.get("names") or {}
     for name, before in losses.items():
         what = f"loss({name})"
         try:
             recipe = read(Source("recipe.effc", told.recipe), catalogue(), ()).recipe
-            data = spec_of("data", recipe.stage(name).call).open(
+            data = spec_of("data", recipe.stage(plain.get(name, name)).call).open(
                 dict(model.tokenizer.files) if model.tokenizer else {}
             )
         except (EffcError, KeyError) as problem:
             yield _check(what, None, f"its data cannot be opened here: {problem}".partition("\n")[0])
             continue
         length = data.batch("heldout", [0]).ids.shape[1]
-        now = loss(model, data, "heldout", max(1, TOKENS // length))
+        now = loss(model, data, "heldout", max(1, REPORTED // length))
         same = math.isclose(now, before, rel_tol=LOSS_TOLERANCE)
         yield _check(
             what, same, f"{now:.5f}, then {before:.5f}; {LOSS_TOLERANCE:.1%} may differ between machines"
@@ -110,9 +155,9 @@ def _consumed(folder: Path, model: Model) -> dict[str, Any]:
     try:
         verdict = Artifact(path=str(folder)).verify(folder, model)
     except EffcError as problem:
-        return _check("a fresh process computes the same", False, problem.diagnostics[0].title)
+        return _check(_SAME, False, problem.diagnostics[0].title)
     detail = f"{verdict.consumer}, error {verdict.error:.1e}"
-    return _check("a fresh process computes the same", True, detail)
+    return _check(_SAME, True, detail)
 
 
 def _check(what: str, holds: bool | None, detail: str) -> dict[str, Any]:

@@ -5,11 +5,9 @@ Shapes: B rows, T tokens, V vocabulary, N new tokens.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -18,21 +16,20 @@ from pydantic import Field
 from torch import Tensor
 
 from effc.compiler.blocks import PatchEmbed
-from effc.compiler.checkpoint import read_folder
 from effc.compiler.exporter import left_behind
 from effc.compiler.model import Model
 from effc.compiler.presence import computed
 from effc.runtime.consumer import Answer
 from effc.runtime.durable import refused, sync_folder
 from effc.runtime.exports._aside import OLD, aside
-from effc.runtime.load import load
+from effc.runtime.exports._mark import MARK, put
+from effc.runtime.heap import returning
 from effc.runtime.machine import memory_bytes
 from effc.specs.base import Spec, name_by_path
 from effc.specs.diagnostic import Diagnostic, EffcError
+from effc.specs.units import fmt_bytes
 
 _HERE = "effc.runtime.exports."
-MARK = "effc.json"
-"""File in every exported folder; only folders with it are ever replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +81,8 @@ class Export(Spec):
     """Base of every format. A subclass says what it cannot express, writes, and lets its consumer verify."""
 
     examples: ClassVar[tuple[str, ...]]
-    readable: ClassVar[bool] = False
-    """Whether effc itself can load what was written."""
+    loader: ClassVar[str] = ""
+    """Who loads the result, in words."""
 
     path: str = Field(min_length=1, description="where the result goes")
 
@@ -126,37 +123,52 @@ class Export(Spec):
         _refuse_foreign(target)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with aside(target) as folder:
+            with returning(), aside(target) as folder:
                 made = folder / target.name
                 self.write(model.clone(), made)
                 if made.is_dir():
-                    mark = {"export": self.kind, "effc": version("effc")}
-                    (made / MARK).write_text(json.dumps(mark) + "\n")
+                    put(made, self.kind, listed=self.kind != "artifact")
                 verdict = self.verify(made, model.clone()) if _fits(model) else self._read_again(made, model)
                 _settle(made, target, folder / OLD)
         except OSError as problem:
             raise refused(problem, target) from problem
         return verdict
 
-    def _read_again(self, place: Path, model: Model) -> Verdict:
-        """What can be said of a model that no consumer can hold here; the verdict says that none ran.
+    def reread(self, place: Path, model: Model) -> tuple[str, float]:
+        """Compare the files with the model, block by block, where no consumer can hold them.
 
-        Headers and index are validated, and where effc reads the format, config and shapes against each other
-        and the logits of the written files, block by block. A single file goes to its consumer all the same.
+        Returns what was compared, and the largest relative error that was found.
+
+        Raises:
+            EffcError: E414 to E418 for files that cannot be read, E443, E444 or E552 for other content.
+        """
+        raise NotImplementedError
+
+    def _read_again(self, place: Path, model: Model) -> Verdict:
+        """What can be said of a model that is too large for its consumer; the verdict says that none ran.
+
+        A single file goes to its consumer all the same, which reads it piece by piece.
         """
         if place.is_file():
             return self.verify(place, model.clone())
-        ids, version = probe(model), "too large here for its consumer, "
-        if not self.readable:
-            read_folder(place)
-            return Verdict(version + "headers read again", 0.0, 0.0)
-        answer = Answer(computed(load(place), ids, torch.float32), ids[:, :0], version + "read again by effc")
-        return Verdict.of(answer, computed(model, ids, torch.float32), 2e-2 if self.kind == "hf" else 1e-6)
+        compared, error = self.reread(place, model)
+        needed = fmt_bytes(CONSUMER * _bytes(model))
+        remedy = f"`effc verify --deep {self.path}` does that where {needed} of memory are"
+        left = f"too large here for {self.loader}, which has not loaded it ({remedy})"
+        return Verdict(f"{left}; effc compared {compared}", error, 0.0)
+
+
+CONSUMER = 2
+"""Bytes that a consumer needs for each of the model's; some hold a copy in float32 for a while."""
 
 
 def _fits(model: Model) -> bool:
-    """Whether a consumer has room for the model beside the rest; some hold a copy in float32 for a while."""
-    return 2 * sum(t.numel() * t.element_size() for t in model.tensors().values()) <= memory_bytes()
+    """Whether a consumer has room for the model beside the rest."""
+    return CONSUMER * _bytes(model) <= memory_bytes()
+
+
+def _bytes(model: Model) -> int:
+    return sum(t.numel() * t.element_size() for t in model.tensors().values())
 
 
 def probe(model: Model, rows: int = 2, length: int = 16) -> Tensor:
@@ -186,9 +198,7 @@ def lost(model: Model) -> tuple[Diagnostic, ...]:
 
 def continued(model: Model, ids: Tensor, greedy: Tensor) -> Tensor:
     """effc's logits [B, N, V] at the places where a consumer chose the tokens `greedy` [B, N]."""
-    whole = torch.cat([ids, greedy], 1)
-    with torch.no_grad():
-        logits: Tensor = model(whole).float()
+    logits = computed(model, torch.cat([ids, greedy], 1)).float()
     return logits[:, ids.shape[1] - 1 : -1]
 
 

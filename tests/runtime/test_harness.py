@@ -66,8 +66,8 @@ def test_the_line_works(tmp_path: Path) -> None:
     lines = (json.dumps({"prompt": p, "good": good, "bad": bad}) for p, good, bad in rows)
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
     (tmp_path / "local.yaml").write_text(LOCAL.replace("ROWS", str(tmp_path / "rows.jsonl")))
-    line = evaluation(ROOT / "specs" / "zoo" / "pylm", task="local_pick")
-    more = ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    line = evaluation(ROOT / "specs" / "zoo" / "pylm", "local_pick", tmp_path)
+    more = ["--output_path", str(tmp_path / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     subprocess.run([*shlex.split(str(line)), *more], check=True, env=environment, cwd=tmp_path)
     [result] = (tmp_path / "out").rglob("results_*.json")

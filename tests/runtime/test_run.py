@@ -17,6 +17,7 @@ from effc.runtime.cache import gc, ls, ls_text, why_miss, why_text
 from effc.runtime.front import parse
 from effc.runtime.progress import Event
 from effc.runtime.stopping import Stopping
+from effc.runtime.verify import verify
 from effc.specs.diagnostic import EffcError
 
 from .workplace import RECIPE, Workplace
@@ -277,3 +278,14 @@ def test_a_unit_that_does_not_end_is_cut_short_within_two_seconds() -> None:
     assert time.perf_counter() - start > 0.5, "it gets some time to end by itself"
     assert time.process_time() - work < 2, "of work, so that others on the machine do not count"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_artefact_of_a_recipe_in_two_files_is_checked_without_them(work: Workplace) -> None:
+    lines = RECIPE.splitlines(keepends=True)
+    shared = [line for line in lines if line.startswith(("model", "data"))]
+    (work.folder / "common.effc").write_text("".join(["effc 1\n", *shared]))
+    text = 'effc 1\nrecipe t\nuse "common.effc" as c\nside = quantize.rtn(c.base, bits = 8, group = 32)\n'
+    work.run(text + 'expect side.loss(c.code) < 9\nexport side as artifact("out/side.effc")\n')
+    (work.folder / "common.effc").unlink()
+    record = verify(work.folder / "out" / "side.effc", deep=True)
+    assert {c["what"]: c["holds"] for c in record["checks"]}["loss(c.code)"] is True

@@ -12,6 +12,9 @@ import pytest
 from effc.compiler.cost import count
 from effc.runtime import artifact
 from effc.runtime.cli import main
+from effc.runtime.exports._export import Verdict
+from effc.runtime.exports.hf import Hf
+from effc.runtime.load import load
 from effc.runtime.story import explained, explained_text
 from effc.runtime.verify import verify, verify_text
 from effc.specs.diagnostic import EffcError
@@ -101,3 +104,34 @@ def test_a_stage_is_explained_from_the_artefact_alone(tmp_path: Path) -> None:
     with pytest.raises(EffcError) as caught:
         explained(folder, "smal")
     assert caught.value.diagnostics[0].code == "E683"
+
+
+def test_an_export_is_held_to_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hf, "verify", lambda self, place, model: Verdict("nobody", 0.0, 1.0))
+    monkeypatch.setattr(Hf, "ready", lambda self: None)
+    place = tmp_path / "hf"
+    Hf(path=str(place)).publish(load("zoo:pylm"))
+    record = verify(place, deep=True)
+    assert record["holds"]
+    assert [c["what"] for c in record["checks"]] == [
+        "files are those of the export",
+        "headers and index of the weights",
+        "config and weights fit",
+        "a fresh process computes the same",
+    ]
+    assert verify_text(record).endswith("the export is what it says")
+    config = place / "config.json"
+    config.write_text(config.read_text().replace("256", "257"))
+    record = verify(place)
+    assert not record["holds"]
+    assert record["checks"][0]["detail"] == "config.json"
+
+
+def test_what_effc_did_not_write_is_said_to_be_so(tmp_path: Path) -> None:
+    with pytest.raises(EffcError) as caught:
+        verify(tmp_path / "nothing")
+    assert caught.value.diagnostics[0].code == "E441"
+    (tmp_path / "effc.json").write_text('{"export": "hf", "files": {"../x": [1, ""]}}')
+    with pytest.raises(EffcError) as caught:
+        verify(tmp_path)
+    assert caught.value.diagnostics[0].code == "E416"
