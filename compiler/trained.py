@@ -52,8 +52,11 @@ def parameters(model: Model, train: str | tuple[str, ...] = "all") -> list[str]:
 
 
 def untrainable(kind: str, model: Model, train: str | tuple[str, ...] = "all") -> list[Diagnostic]:
-    """Chosen modules that hold packed integers, through which no gradient can move a weight."""
+    """Chosen modules that hold packed integers, through which no gradient can move a weight; or no choice."""
     inside = set(chosen(model, train))
+    if not inside:
+        help_ = "choose some in `train`, or leave it out: all weights train then"
+        return [Diagnostic("E650", f"`{kind}` would train nothing", help=help_, about="train")]
     packed = [
         name.rpartition(".")[0]
         for name, tensor in model.tensors().items()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from effc.compiler.blocks.embedding import Embedding
 from effc.compiler.blocks.linear import StackedLinear
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Statistic
@@ -53,10 +54,25 @@ class Piece:
 
 
 def pieces_of(rw: Rewriter, path: str, method: GPTQ, seen: Mapping[str, Statistic]) -> Iterable[Piece]:
-    """The matrices at a path, each with the statistic of its inputs."""
+    """The matrices at a path, each with the statistic of its inputs.
+
+    A table that is looked up has no inputs, and an expert may have had none: both go to the nearest point.
+
+    Raises:
+        EffcError: E420 for weights that are not finite, E421 for a linear that never ran.
+    """
     module = rw.module(path)
     w = matrix(module)
     finite(path, w)
+    if path not in seen and not isinstance(module, StackedLinear | Embedding):
+        raise EffcError(
+            Diagnostic(
+                "E421",
+                f"{path} never ran on the calibration data",
+                help="use other data or more samples, or leave the module out with `except`",
+                about="data",
+            )
+        )
     if not isinstance(module, StackedLinear):
         yield Piece(path, method, w, _moment(seen.get(path)))
         return

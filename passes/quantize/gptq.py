@@ -22,7 +22,7 @@ from effc.passes._moment import Moment
 from effc.passes.quantize._pieces import Piece, grouped, pieces_of, round_together
 from effc.passes.quantize._uniform import Uniform, packed_unit, place
 from effc.specs.paper import Paper
-from effc.specs.units import Share, Unit
+from effc.specs.units import Unit
 
 
 class GPTQ(Uniform, Calibrate):
@@ -57,7 +57,7 @@ class GPTQ(Uniform, Calibrate):
         default="channel", description="inputs that share a scale; `channel`: a whole row"
     )
     bits: Annotated[int, Unit("bits")] = Field(default=4, ge=2, le=8, description="bits of a code")
-    damp: Share = Field(
+    damp: Annotated[float, Unit("share")] = Field(
         default=0.01, gt=0, le=0.1, description="added to the diagonal of H, as a share of its mean"
     )
     order: bool = Field(

@@ -54,7 +54,7 @@ class Recursive(Rewrite):
         "tie.recursive(loops = 2, share = sequence, init = lower, lora_rank = 2, tie_norms = true)",
     )
 
-    loops: Count = Field(default=2, ge=2, description="how often each kept layer runs")
+    loops: int = Field(default=2, ge=2, description="how often each kept layer runs")
     share: Literal["cycle", "sequence", "middle_cycle", "middle_sequence"] = Field(
         default="cycle",
         description="which layers share: every K-th, or neighbors; `middle_`: not the first and last",

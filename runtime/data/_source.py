@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -17,7 +17,7 @@ from effc.runtime.data._packed import Packed, pack
 from effc.runtime.data._vocabulary import Vocabulary
 from effc.specs.base import Spec, name_by_path
 from effc.specs.diagnostic import Diagnostic
-from effc.specs.units import Share, Tokens
+from effc.specs.units import Share, Unit
 
 _HERE = "effc.runtime.data."
 
@@ -57,7 +57,7 @@ class Source(Spec):
 class Sequences(Source):
     """A source whose documents are packed into sequences of one length."""
 
-    seq: Tokens = Field(default=256, ge=8, description="tokens in one sequence")
+    seq: Annotated[int, Unit("tokens")] = Field(default=256, ge=8, description="tokens in one sequence")
     heldout: Share = Field(
         default=0.05, gt=0, lt=1, description="share of the documents that no training sees"
     )

@@ -13,9 +13,7 @@ from effc.passes.adapt.full import Full
 from effc.passes.distill.logits import Logits
 from effc.passes.distill.offline import Offline
 from effc.runtime.data._packed import Packed
-from effc.runtime.data.corpus import Corpus
 from effc.runtime.data.text import Text
-from effc.runtime.evaluate import loss
 from effc.runtime.fit import fit
 from effc.runtime.parts.train.optimizer.adamw import AdamW
 from effc.specs.recipe import Ref
@@ -109,23 +107,3 @@ def test_vocabularies_that_differ_are_refused() -> None:
 def test_arguments_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Logits(teacher=Ref("base"), **FORMS | wrong)
-
-
-@pytest.mark.claim
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_teacher_teaches_more_than_the_data_at_equal_steps(seed: int) -> None:
-    """On Python source, a student that hears its teacher predicts held-out text better than one alone."""
-    files = dict(tiny().tokenizer.files)  # type: ignore[union-attr]
-    data = Corpus(name="python-stdlib", seq=64, seed=seed).open(files)
-    forms = FORMS | {"steps": 200, "batch": 8, "optimizer": AdamW(lr=4e-3)}
-    context = Context(seed, {"data": data})
-    teacher = fit(Full(**forms | {"steps": 700}), tiny(layers=3, width=64, seed=seed), context).model
-    student = tiny(layers=2, width=32, seed=seed + 10)
-    alone = fit(Full(**forms), student, context).model
-    taught_by = Context(seed, {"data": data}, {"teacher": teacher})
-    for method in (
-        Logits(teacher=Ref("base"), **forms),
-        Offline(teacher=Ref("base"), k=32, **forms),
-    ):
-        taught = fit(method, student, taught_by).model
-        assert loss(taught, data, limit=100) < loss(alone, data, limit=100)

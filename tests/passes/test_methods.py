@@ -119,6 +119,14 @@ def test_documents_itself(kind: str) -> None:
     assert all(info.description for info in cls.model_fields.values())
 
 
+def test_no_unit_hides_a_bound(kind: str) -> None:
+    """Of two bounds of one kind pydantic heeds the last, which may be that of the unit."""
+    for name, info in passes.resolve(kind).model_fields.items():
+        for bound in ("ge", "le"):
+            found = [value for m in info.metadata if (value := getattr(m, bound, None)) is not None]
+            assert len(set(found)) < 2, f"{name}: {bound} {found}"
+
+
 def test_speaks_of_facts_that_can_be_measured(kind: str) -> None:
     contract = passes.resolve(kind).contract
     named = {fact.name for part in ("needs", "gives", "breaks", "keeps") for fact in getattr(contract, part)}
