@@ -5,8 +5,9 @@ Shapes: ids [B, T] int64 -> logits [B, T, V] of a decoder, hidden states [B, T, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.fx.node import map_arg
 
 from effc.compiler.model import Model
 from effc.compiler.sharing import cloned, put
+from effc.compiler.step import Step
 from effc.compiler.weights import LazyTensor
 
 
@@ -63,29 +65,72 @@ def computed(model: Model, ids: Tensor, dtype: torch.dtype | None = None) -> Ten
 
     The same numbers as `model(ids)`, or `model.to(dtype)(ids)`.
     """
-    step = model.step(ids)
-    last = {node: user for user in model.gm.graph.nodes for node in user.all_input_nodes}
-    env: dict[fx.Node, Any] = {}
+    return next(computed_each(model, [(ids, model.step(ids))], dtype))
+
+
+def computed_each(
+    model: Model, inputs: Sequence[tuple[Tensor, Step]], dtype: torch.dtype | None = None
+) -> Iterator[Tensor]:
+    """The same of several inputs, each block read once for all; the last block runs as results are taken."""
+    nodes = list(model.gm.graph.nodes)
+    last = {node: user for user in nodes for node in user.all_input_nodes}
+    envs: list[dict[fx.Node, Any]] = [
+        {n: ids if n.name != "step" else step for n in nodes if n.op == "placeholder"} for ids, step in inputs
+    ]
+    final = max(place for place, node in enumerate(nodes) if node.op == "call_module")
     with torch.no_grad():
-        for node in model.gm.graph.nodes:
-            if node.op == "placeholder":
-                env[node] = ids if node.name != "step" else step
-                continue
-            args, kwargs = (map_arg(part, lambda n: env[n]) for part in (node.args, node.kwargs))
-            if node.op == "output":
-                return cast(Tensor, args[0])
-            if node.op == "call_module":
-                env[node] = _block(model, str(node.target), dtype)(*args, **kwargs)
-            elif node.op == "call_function":
-                env[node] = node.target(*args, **kwargs)
-            elif node.op == "call_method":
-                env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                env[node] = _attribute(model, str(node.target), dtype)
-            for old in node.all_input_nodes:
-                if last[old] is node:
-                    del env[old]
-    raise TypeError("the graph has no output")
+        for node in nodes[:final]:
+            held = _held(model, node, dtype)
+            for env in envs:
+                _run(node, held, env, last)
+            del held
+        held = _held(model, nodes[final], dtype)
+    while envs:
+        env = envs.pop(0)
+        with torch.no_grad():
+            for node in nodes[final:-1]:
+                _run(node, held if node is nodes[final] else _held(model, node, dtype), env, last)
+            out = env[nodes[-1].args[0]]
+        del env
+        yield cast(Tensor, out)
+
+
+def _run(node: fx.Node, held: Any, env: dict[fx.Node, Any], last: Mapping[fx.Node, fx.Node]) -> None:
+    """Compute one node, and forget what no later one reads."""
+    if node.op == "placeholder":
+        return
+    args: Any = map_arg(node.args, lambda n: env[n])
+    kwargs: Any = map_arg(node.kwargs, lambda n: env[n])
+    if node.op == "get_attr":
+        env[node] = held
+    elif node.op == "call_method":
+        env[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    else:
+        env[node] = held(*args, **kwargs)
+    for old in node.all_input_nodes:
+        if last[old] is node:
+            del env[old]
+
+
+def _held(model: Model, node: fx.Node, dtype: torch.dtype | None) -> Any:
+    """What a node calls or gets, its weights in memory."""
+    if node.op == "call_module":
+        return _block(model, str(node.target), dtype)
+    return _attribute(model, str(node.target), dtype) if node.op == "get_attr" else node.target
+
+
+def cast_lazily(model: Model, dtype: torch.dtype) -> Model:
+    """A clone in another dtype; weights on disk stay there and are cast when they are read."""
+    clone = model.clone().to(dtype)
+    for name, tensor in clone.tensors().items():
+        lazy = clone.weights.get(name)
+        if tensor.is_meta and lazy is not None and tensor.dtype != lazy.dtype:
+            clone.weights[name] = LazyTensor(lazy.shape, dtype, partial(_cast, lazy, dtype))
+    return clone
+
+
+def _cast(lazy: LazyTensor, dtype: torch.dtype) -> Tensor:
+    return lazy.read().to(dtype)
 
 
 def _block(model: Model, path: str, dtype: torch.dtype | None) -> nn.Module:

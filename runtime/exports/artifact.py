@@ -12,7 +12,7 @@ from effc.compiler.graph_json import to_json
 from effc.compiler.model import Model
 from effc.compiler.presence import computed
 from effc.runtime import artifact
-from effc.runtime.consumer import ask
+from effc.runtime.consumer import Answer, ask
 from effc.runtime.exports._export import Export, Verdict, probe
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -26,7 +26,7 @@ class Artifact(Export):
     `effc run`, `bench`, `show`, `diff` and `verify` take it, and `load` reads it into another recipe.
     """
 
-    readable = True
+    loader = "a fresh process"
     examples: ClassVar[tuple[str, ...]] = ('artifact("out/small.effc")',)
 
     path: str = Field(min_length=1, description="the folder to write, by custom NAME.effc")
@@ -58,3 +58,12 @@ class Artifact(Export):
         ids = probe(model)
         want = computed(model, ids).float()
         return Verdict.of(ask("effc", place, ids), want, TOLERANCE)
+
+    def reread(self, place: Path, model: Model) -> tuple[str, float]:
+        """The hash of every file, structure, headers and index against each other, and the logits."""
+        if changed := artifact.check(place):
+            raise EffcError(*changed)
+        ids = probe(model)
+        again = Answer(computed(artifact.read(place), ids).float(), ids[:, :0], "effc")
+        verdict = Verdict.of(again, computed(model, ids).float(), TOLERANCE)
+        return "hashes, header, index, structure and logits, block by block", verdict.error

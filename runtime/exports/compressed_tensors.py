@@ -23,6 +23,7 @@ from effc.compiler.presence import computed, loaded
 from effc.compiler.sharing import cloned
 from effc.compiler.weights import LazyTensor
 from effc.runtime.consumer import ask, need
+from effc.runtime.exports._compared import same_config, same_tensors
 from effc.runtime.exports._export import Export, Verdict, lost, probe
 from effc.runtime.exports._names import spots
 from effc.specs.diagnostic import Diagnostic
@@ -37,6 +38,7 @@ class CompressedTensors(Export):
     1 to 8 bits, per channel or in groups, symmetric or not; what is dense stays dense.
     """
 
+    loader = "transformers"
     examples: ClassVar[tuple[str, ...]] = ('compressed_tensors("out/small-hf")',)
 
     path: str = Field(min_length=1, description="the folder to write")
@@ -80,18 +82,29 @@ class CompressedTensors(Export):
         return None
 
     def write(self, model: Model, place: Path) -> None:
+        config, tensors = self._contents(model)
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, content in (model.tokenizer.files if model.tokenizer else {}).items():
+            (place / name).write_bytes(content)
+        write_folder(place, tensors)
+
+    def _contents(self, model: Model) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+        """The config, and the tensors by their names on disk."""
         names = {path: spot.name for path, spot in spots(model).items()}
         tensors = stored_tensors(model)
         for path, unit in model.units():
             if isinstance(unit, QuantLinear):
                 del tensors[f"{names[path]}.weight"]
                 tensors |= {f"{names[path]}.{key}": lazy for key, lazy in _lazy(model, path, unit)}
-        config = emitted(model) | {"quantization_config": settings(model, names)}
-        place.mkdir()
-        (place / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name, content in (model.tokenizer.files if model.tokenizer else {}).items():
-            (place / name).write_bytes(content)
-        write_folder(place, tensors)
+        return emitted(model) | {"quantization_config": settings(model, names)}, tensors
+
+    def reread(self, place: Path, model: Model) -> tuple[str, float]:
+        """Config, headers, index, and every number with what was due."""
+        config, tensors = self._contents(model)
+        same_config(place / "config.json", config)
+        same_tensors(place, tensors)
+        return "config, header, index and every tensor", 0.0
 
     def verify(self, place: Path, model: Model) -> Verdict:
         ids = probe(model)

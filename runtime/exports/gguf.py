@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.model import Model
-from effc.compiler.presence import loaded
+from effc.compiler.presence import cast_lazily, computed, loaded
+from effc.compiler.weights import LazyTensor
 from effc.runtime.consumer import ask, need
 from effc.runtime.exports import _gguf_model as layout
 from effc.runtime.exports import _gguf_tokens as tokens
@@ -75,32 +77,43 @@ class Gguf(Export):
 
     def verify(self, place: Path, model: Model) -> Verdict:
         """llama.cpp continues a probe with the tokens that effc chooses on the very weights of the file."""
-        reference = stored(place, model.materialize())  # llama.cpp holds it whole too
+        reference = stored(place, model)
         ids = probe(model)
         answer = ask("llama_cpp", place, ids, new_tokens=8)
-        with torch.no_grad():
-            want = reference(ids).float()
+        want = computed(reference, ids).float()
         allowed = max(TOLERANCE[layout.kind_of(entry, self.type)] for entry in layout.entries(model))
         return Verdict.of(answer, want, allowed, continued(reference, ids, answer.greedy))
 
 
 def stored(place: Path, model: Model) -> Model:
-    """The model with the weights that the file holds, rounded as they were written."""
+    """The model with the weights that the file holds, rounded as they were written, read when needed."""
     import gguf
 
-    reader = gguf.GGUFReader(place)
-    kept = {tensor.name: tensor for tensor in reader.tensors}
-    reference = model.clone()
+    kept = {tensor.name: tensor for tensor in gguf.GGUFReader(place).tensors}
+    reference = cast_lazily(model, torch.float32)
     for entry in layout.entries(model):
-        tensor = kept[entry.name]
         if isinstance(entry.module, Packed) and entry.slot == "weight":
             continue
-        numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        rows = layout.returned(torch.from_numpy(np.array(numbers, np.float32)), entry.heads)
-        if isinstance(entry.module, Norm) and entry.slot == "weight":
-            rows = rows - entry.module.offset
-        reference.place(f"{entry.path}.{entry.slot}", rows.to(torch.float32))
+        name = f"{entry.path}.{entry.slot}"
+        read = partial(_numbers, place, kept[entry.name], entry)
+        owner = reference.ties().get(name, name)
+        tensor = reference.tensors()[owner]
+        reference.weights[owner] = LazyTensor(tuple(tensor.shape), torch.float32, read)
+        reference.place(name, torch.empty_like(tensor, device="meta"))
     return reference
+
+
+def _numbers(place: Path, tensor: Any, entry: layout.Entry) -> Tensor:
+    """One tensor of the file in float32, read past the map of the reader, which would count as resident."""
+    import gguf
+
+    raw = np.fromfile(place, np.uint8, count=int(tensor.n_bytes), offset=int(tensor.data_offset))
+    data = raw.view(tensor.data.dtype).reshape(tensor.data.shape)
+    numbers = gguf.quants.dequantize(data, tensor.tensor_type)
+    rows = layout.returned(torch.from_numpy(np.array(numbers, np.float32)), entry.heads)
+    if isinstance(entry.module, Norm) and entry.slot == "weight":
+        rows = rows - entry.module.offset
+    return rows.float()
 
 
 def _shape(entry: layout.Entry) -> tuple[int, ...]:

@@ -12,9 +12,11 @@ from pydantic import Field
 
 from effc.compiler.checkpoint_write import write_folder
 from effc.compiler.exporter import emitted, inexpressible, stored_names, stored_tensors
+from effc.compiler.importer import import_folder
 from effc.compiler.model import Model
 from effc.compiler.presence import computed
-from effc.runtime.consumer import ask, need
+from effc.runtime.consumer import Answer, ask, need
+from effc.runtime.exports._compared import same_config, same_form, same_layout, same_tensors
 from effc.runtime.exports._export import Export, Verdict, lost, probe
 from effc.specs.diagnostic import Diagnostic
 
@@ -29,7 +31,7 @@ class Hf(Export):
     refused unless `dense = true`, which writes the numbers they stand for and gives up what packing saved.
     """
 
-    readable = True
+    loader = "transformers"
     examples: ClassVar[tuple[str, ...]] = ('hf("out/small")', 'hf("out/small", dense = true)')
 
     path: str = Field(min_length=1, description="the folder to write")
@@ -63,6 +65,26 @@ class Hf(Export):
         ids = probe(model)
         want = computed(model, ids, torch.float32)
         return Verdict.of(ask("transformers", place, ids), want, self._tolerance(model))
+
+    def alike(self, place: Path, model: Model, sources: Sequence[Model]) -> Verdict | None:
+        """Header, index and config against what is due, where a source has the same names, shapes, dtypes."""
+        due = stored_tensors(model)
+        for source in sources:
+            if (folder := same_form(source, emitted(model), due)) is not None:
+                same_config(place / "config.json", emitted(model))
+                same_layout(place, due)
+                rest = f"`effc verify --deep {self.path}` runs transformers"
+                return Verdict(f"header, index and config, equal to those of {folder} ({rest})", 0.0, 0.0)
+        return None
+
+    def reread(self, place: Path, model: Model) -> tuple[str, float]:
+        """Config, headers, index and every number with what was due, and the logits as effc reads them."""
+        same_config(place / "config.json", emitted(model))
+        same_tensors(place, stored_tensors(model))
+        ids = probe(model)
+        again = Answer(computed(import_folder(place), ids, torch.float32), ids[:, :0], "effc")
+        verdict = Verdict.of(again, computed(model, ids, torch.float32), self._tolerance(model))
+        return "config, header, index, every tensor and the logits", verdict.error
 
     def _tolerance(self, model: Model) -> float:
         """Packed weights written dense in half precision are rounded once more."""

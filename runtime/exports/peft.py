@@ -13,12 +13,15 @@ import torch
 from pydantic import Field
 
 from effc.compiler.blocks import LoraLinear
-from effc.compiler.checkpoint_write import SafetensorsWriter, write_folder
+from effc.compiler.checkpoint_write import write_file, write_folder
 from effc.compiler.exporter import emitted, inexpressible, stored_tensors
 from effc.compiler.model import Model
+from effc.compiler.presence import cast_lazily, computed
 from effc.compiler.rewrite import Rewriter
+from effc.compiler.weights import LazyTensor, resident
 from effc.runtime.adapter import CONFIG, WEIGHTS
 from effc.runtime.consumer import ask, need
+from effc.runtime.exports._compared import same_config, same_tensors
 from effc.runtime.exports._export import Export, Verdict, probe
 from effc.runtime.exports._names import spots
 from effc.specs.diagnostic import Diagnostic
@@ -33,6 +36,7 @@ class Peft(Export):
     The weights beneath are not written. Verified on a float32 copy of them, unpacked where they are packed.
     """
 
+    loader = "peft"
     examples: ClassVar[tuple[str, ...]] = ('peft("out/lora")',)
 
     path: str = Field(min_length=1, description="the folder to write")
@@ -55,36 +59,46 @@ class Peft(Export):
         return ()
 
     def write(self, model: Model, place: Path) -> None:
+        told, tensors = self._contents(model)
         place.mkdir()
+        (place / CONFIG).write_text(json.dumps(told, indent=2) + "\n")
+        write_file(place / WEIGHTS, tensors)
+
+    def _contents(self, model: Model) -> tuple[dict[str, Any], dict[str, LazyTensor]]:
+        """The settings, and the factors by their names on disk."""
         units = adapters(model)
-        model.materialize([f"{path}.{factor}" for path in units for factor in ("a", "b")])
         names = {path: spot.name for path, spot in spots(model).items()}
         told = settings({names[path]: unit for path, unit in units.items()}, list(names.values()), model)
-        (place / CONFIG).write_text(json.dumps(told, indent=2) + "\n")
-        tensors = {
-            f"base_model.model.{names[path]}.lora_{factor}.weight": tensor.detach()
-            for path, unit in units.items()
-            for factor, tensor in (("A", unit.a), ("B", unit.b))
+        return told, {
+            f"base_model.model.{names[path]}.lora_{factor}.weight": _lazy(model, f"{path}.{factor.lower()}")
+            for path in units
+            for factor in ("A", "B")
         }
-        layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-        with SafetensorsWriter(place / WEIGHTS, layout) as file:
-            for name, tensor in tensors.items():
-                file.put(name, tensor)
 
     def verify(self, place: Path, model: Model) -> Verdict:
         """peft puts the adapter on the model's own weights, written for it in the layout of transformers."""
         ids = probe(model)
-        model = model.clone().materialize().to(torch.float32)
-        with torch.no_grad():
-            want = model(ids).float()
+        want = computed(model, ids, torch.float32)
         with tempfile.TemporaryDirectory(prefix="effc-base-") as work:
             base = Path(work) / "base"
-            below = bare(model)
+            below = bare(cast_lazily(model, torch.float32))
             base.mkdir()
             (base / "config.json").write_text(json.dumps(emitted(below)), encoding="utf-8")
             write_folder(base, stored_tensors(below))
             answer = ask("peft", place, ids, base=base)
         return Verdict.of(answer, want, TOLERANCE)
+
+    def reread(self, place: Path, model: Model) -> tuple[str, float]:
+        """Settings, header, and every factor with what was due."""
+        told, tensors = self._contents(model)
+        same_config(place / CONFIG, told)
+        same_tensors(place / WEIGHTS, tensors)
+        return "settings, header and every factor", 0.0
+
+
+def _lazy(model: Model, name: str) -> LazyTensor:
+    tensor = model.tensors()[name]
+    return model.weights[name] if tensor.is_meta else resident(tensor.detach())
 
 
 def _cannot(*why: str) -> Diagnostic:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from effc.compiler.blocks import LoraLinear
 from effc.compiler.method import Context
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
-from effc.compiler.weights import LazyTensor, resident
+from effc.compiler.weights import resident
 from effc.passes.adapt.fold import Fold
 from effc.passes.prune.magnitude import Magnitude
 from effc.passes.quantize.rtn import RTN
 from effc.passes.tie.recursive import Recursive
 from effc.runtime.rewriting import rewrite
 from effc.specs.select import Rule
+from tests.runtime.counted import Counted
 from tests.runtime.doubles import tiny
 
 
@@ -46,28 +46,6 @@ METHODS = {
 }
 
 
-class Counted:
-    """Bytes of weights that are in memory now, and the most that ever were."""
-
-    def __init__(self) -> None:
-        self.now = self.most = 0
-
-    def lazy(self, tensor: Tensor) -> LazyTensor:
-        """The tensor as one on disk: each read takes memory of its own, booked until it is free again."""
-
-        def read() -> Tensor:
-            held = tensor.detach().float().numpy().copy()
-            self.now += held.nbytes
-            self.most = max(self.most, self.now)
-            weakref.finalize(held, self._freed, held.nbytes)
-            return torch.from_numpy(held)
-
-        return LazyTensor(tuple(tensor.shape), tensor.dtype, read)
-
-    def _freed(self, count: int) -> None:
-        self.now -= count
-
-
 def adapted() -> Model:
     """A model with adapters that change something, also beside a tied head."""
     model = tiny()
@@ -87,8 +65,8 @@ MODELS = {**{name: (method, tiny) for name, method in METHODS.items()}, "folded"
 
 @pytest.mark.parametrize(("method", "model"), MODELS.values(), ids=MODELS)
 def test_reads_one_weight_at_a_time(method: Rewrite, model: Callable[[], Model], tmp_path: Path) -> None:
-    lazy, books = on_disk(model()), Counted()
-    lazy.weights = {name: books.lazy(tensor) for name, tensor in model().tensors().items()}
+    books = Counted()
+    lazy = books.on_disk(model())
     rewrite(method, lazy, Context(workdir=tmp_path))
     largest = max(weight.nbytes for weight in lazy.weights.values())
     assert 0 < books.most < 2 * largest
