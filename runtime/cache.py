@@ -8,6 +8,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +183,7 @@ def _short(value: Any) -> str:
 
 
 def gc(store: Store, keep: int | None = None) -> dict[str, int]:
-    """Clean the store.
+    """Clean the store, and the places of its exports from what killed ones left there.
 
     Raises:
         EffcError: E606 while another process uses it.
@@ -192,12 +193,33 @@ def gc(store: Store, keep: int | None = None) -> dict[str, int]:
             advice = "wait until it ends, then run this again"
             title = f"another process uses `{store.folder}`"
             raise EffcError(Diagnostic("E606", title, help=advice))
-        return store.gc(keep)
+        from effc.runtime.exports._aside import sweep
+
+        left = sum(sweep(target, older=True) for target in _exported(store))
+        return {**store.gc(keep), "exports": left}
+
+
+def _exported(store: Store) -> set[Path]:
+    """Where the reports in the store say that exports went, as seen from the working directory."""
+    found: set[Path] = set()
+    for report in (store.folder / "reports").glob("*.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            exports = json.loads(report.read_bytes())["exports"]
+            found |= {Path(export["path"]) for export in exports if export["path"]}
+    return found
 
 
 def gc_text(gone: Mapping[str, int]) -> str:
     """What went, as a sentence."""
-    counted = ", ".join(f"{gone[name]} {name}" for name in ("results", "objects", "journals"))
+    words = {
+        "results": "results",
+        "objects": "objects",
+        "journals": "journals",
+        "exports": "half-written exports",
+    }
+    counted = ", ".join(
+        f"{gone[name]} {word}" for name, word in words.items() if name != "exports" or gone[name]
+    )
     return f"dropped {counted}: {fmt_bytes(gone['bytes'])}"
 
 

@@ -35,14 +35,24 @@ def aside(target: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def sweep(target: Path) -> None:
-    """Remove what killed exports to `target` left beside it; those of running ones stay."""
+def sweep(target: Path, older: bool = False) -> int:
+    """Remove what killed exports to `target` left beside it; those of running ones stay. Returns how many.
+
+    `older`: also folders as the first versions named them, `.NAME.` and eight characters, if they hold
+    nothing but what such a version puts there.
+    """
     ours = re.compile(re.escape(_prefix(target)) + r"[a-z0-9_]{8}")
+    former = re.compile(re.escape(f".{target.name}.") + r"[a-z0-9_]{8}")
+    count = 0
     with suppress(OSError), os.scandir(target.parent) as entries:
-        found = [Path(e) for e in entries if ours.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
-        for folder in found:
-            with suppress(OSError):  # somebody else's, gone by now, or on a disk without locks: leave it
-                _remove(folder, target)
+        hidden = [Path(e) for e in entries if e.is_dir(follow_symlinks=False)]
+        for folder in hidden:
+            known = former.fullmatch(folder.name) and {p.name for p in folder.iterdir()} <= {target.name, OLD}
+            if ours.fullmatch(folder.name) or (older and known):
+                with suppress(OSError):  # somebody else's, gone by now, or on a disk without locks: leave it
+                    _remove(folder, target)
+                    count += 1
+    return count
 
 
 def _remove(folder: Path, target: Path) -> None:

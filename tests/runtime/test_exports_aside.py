@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from effc.runtime.cache import gc, gc_text
 from effc.runtime.exports._aside import OLD, aside
+from effc.runtime.store import Store
 
 WRITER = """
 import os, sys
@@ -88,3 +90,20 @@ def test_a_folder_that_could_not_be_replaced_stays(tmp_path: Path) -> None:
         fill()
     assert target.is_dir()
     assert hidden(tmp_path) == []
+
+
+def test_gc_removes_what_earlier_versions_left_where_exports_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    left, mine = Path("out/.small.effc.ab12cd34"), Path("out/.small.effc.my_notes")
+    for folder, name in ((left, "small.effc"), (mine, "todo.txt")):
+        (folder / name).mkdir(parents=True)
+    reports = Path("store/reports")
+    reports.mkdir(parents=True)
+    (reports / "r.json").write_text('{"exports": [{"path": "out/small.effc"}]}')
+    (reports / "broken.json").write_text("{")
+    gone = gc(Store(Path("store")))
+    assert gone["exports"] == 1
+    assert "1 half-written exports" in gc_text(gone)
+    assert hidden(Path("out")) == [mine.name]
