@@ -51,7 +51,20 @@ EPILOGUES: Mapping[str, Epilogue] = {
         ),
         lambda y: F.gelu(y, approximate="tanh"),
     ),
-    "relu": Epilogue(None, "", "larger(a, all(0.0f))", ("acc = tl.maximum(acc, 0.0)",), F.relu),
+    "relu": Epilogue(
+        None, "", "choose(a < 0.0f, all(0.0f), a)", ("acc = tl.where(acc < 0.0, 0.0, acc)",), F.relu,
+    ),
+    "relu2": Epilogue(
+        None, "", "choose(a < 0.0f, all(0.0f), a * a)", ("acc = tl.where(acc < 0.0, 0.0, acc * acc)",),
+        lambda y: F.relu(y).square(),
+    ),
+    "quick_gelu": Epilogue(
+        None, "", "a * sigmoid(1.702f * a)", ("acc = acc * tl.sigmoid(1.702 * acc)",),
+        lambda y: y * torch.sigmoid(1.702 * y),
+    ),
+    "tanh": Epilogue(
+        None, "", "hyperbolic_tangent(a)", ("acc = 2.0 * tl.sigmoid(2.0 * acc) - 1.0",), torch.tanh,
+    ),
     "mul": Epilogue(
         "gate", "MN", "a * take(gate + m * N + n, count)",
         ("acc *= tl.load(gate + rm[None, :] * N + rn[:, None], mask=mask, other=0.0).to(tl.float32)",),
@@ -69,6 +82,10 @@ EPILOGUES: Mapping[str, Epilogue] = {
     ),
 }  # fmt: skip
 """`gelu` in Triton's text and in C agree with torch to 2e-7; the others differ by rounding alone."""
+
+
+ACTIVATIONS: frozenset[str] = frozenset({"silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "tanh"})
+"""Steps that a paired kernel may begin with; the activations that models have (compiler/blocks/mlp.py)."""
 
 
 def operands(chain: Sequence[str]) -> list[str]:

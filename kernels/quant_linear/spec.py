@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from effc.kernels.epilogue import EPILOGUES
+from effc.kernels.epilogue import ACTIVATIONS, EPILOGUES
 from effc.kernels.kernel import KernelSpec
 
 BLOCK = 64
@@ -20,7 +20,7 @@ class QuantLinearSpec(KernelSpec, frozen=True):
     """
 
     op: ClassVar[str] = "quant_linear"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     bits: Literal[2, 3, 4, 8]
     group: int = Field(ge=0)
@@ -40,7 +40,7 @@ class QuantLinearSpec(KernelSpec, frozen=True):
             raise ValueError(
                 f"a group of {self.group} columns; a multiple of {self.columns} at {self.bits} bits"
             )
-        if self.paired and self.epilogue[:1] not in (("silu",), ("gelu",), ("gelu_tanh",), ("relu",)):
+        if self.paired and (not self.epilogue or self.epilogue[0] not in ACTIVATIONS):
             raise ValueError("a paired kernel begins its epilogue with the activation of its first half")
         return self
 
