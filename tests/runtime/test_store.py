@@ -95,26 +95,32 @@ def crash_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arm
 
 
+@pytest.mark.parametrize(("bundled", "steps"), [(False, 40), (True, 15)], ids=["objects", "bundle"])
 def test_a_crash_at_every_step_leaves_the_whole_result_or_none(
-    tmp_path: Path, crash_at: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    crash_at: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    bundled: bool,
+    steps: int,
 ) -> None:
     small = Outcome(decoder(layers=1))
+    names = {name: name for name in small.model.tensors()} if bundled else None
     finished, n = False, 0
     while not finished:
         n += 1
         folder = tmp_path / str(n)
         crash_at(n)
         try:
-            Store(folder).publish(KEY, small, ABOUT)
+            Store(folder).publish(KEY, small, ABOUT, names)
             finished = True
         except Crash:
             pass
         monkeypatch.undo()
         found = Store(folder).get(KEY)
         assert found is None or same(found.model, small.model)
-        again = Store(folder).publish(KEY, small, ABOUT)
+        again = Store(folder).publish(KEY, small, ABOUT, names)
         assert same(again.model, small.model), f"goes on after a crash at step {n}"
-    assert n > 40, f"only {n} steps were tried"
+    assert n > steps, f"only {n} steps were tried"
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, "E601"), (errno.EROFS, "E602")])
