@@ -7,8 +7,8 @@ here. A region is the list of module paths that a fact speaks of.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
-import torch
 from torch import Tensor, nn
 
 from effc.compiler.blocks.embedding import Embedding
@@ -20,6 +20,7 @@ from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.contract import Fact
 from effc.compiler.method import Method
 from effc.compiler.model import Model
+from effc.compiler.presence import known, loaded
 from effc.compiler.selects import Selects
 
 Predicate = Callable[[Model, Sequence[str]], bool]
@@ -82,8 +83,7 @@ def tied(model: Model, paths: Sequence[str]) -> bool:
 
 def sparse(model: Model, paths: Sequence[str]) -> bool:
     """Every weight matrix holds zeros."""
-    weights = list(_weights(model, paths))
-    return bool(weights) and all(bool((w == 0).any()) for w in weights)
+    return _all(bool((w == 0).any()) for w in _weights(model, paths))
 
 
 def trainable(model: Model, paths: Sequence[str]) -> bool:
@@ -94,7 +94,7 @@ def trainable(model: Model, paths: Sequence[str]) -> bool:
 
 def unit_gain(model: Model, paths: Sequence[str]) -> bool:
     """Every norm multiplies by one, so it commutes with rotations."""
-    norms = [unit for p in paths if isinstance(unit := model.module(p), Norm)]
+    norms = [cast(Norm, loaded(model, p)) for p in paths if isinstance(model.module(p), Norm)]
     return bool(norms) and all(bool((norm.weight + norm.offset == 1).all()) for norm in norms)
 
 
@@ -102,8 +102,7 @@ def sparse_in_groups(n: int, m: int) -> Predicate:
     """In each m neighboring inputs of every row, at most n weights are not zero."""
 
     def every_group(model: Model, paths: Sequence[str]) -> bool:
-        weights = list(_weights(model, paths))
-        return bool(weights) and all(_in_groups(w, n, m) for w in weights)
+        return _all(_in_groups(w, n, m) for w in _weights(model, paths))
 
     return every_group
 
@@ -123,6 +122,16 @@ PREDICATES: Mapping[str, Predicate] = {
 """Name -> how it is measured."""
 
 
+def _all(found: Iterable[bool]) -> bool:
+    """Whether all are true, and there is one; stops at the first that is not."""
+    some = False
+    for true in found:
+        if not true:
+            return False
+        some = True
+    return some
+
+
 def _in_groups(w: Tensor, n: int, m: int) -> bool:
     if w.shape[1] % m:
         return False
@@ -130,12 +139,16 @@ def _in_groups(w: Tensor, n: int, m: int) -> bool:
 
 
 def _weights(model: Model, paths: Sequence[str]) -> Iterable[Tensor]:
-    """The weight matrices [R, i] at paths, packed ones unpacked, one at a time; meta ones are left out."""
+    """The weight matrices [R, i] at paths, packed ones unpacked, one in memory at a time; those that can be
+    read from nowhere are left out.
+    """
     for path in paths:
         unit: nn.Module = model.module(path)
-        if isinstance(unit, Packed):
-            yield unit.dense()
-        elif isinstance(unit, Linear | StackedLinear | Embedding | nn.Linear):
-            weight = unit.get_parameter("weight")
-            if not weight.is_meta and torch.is_floating_point(weight):
-                yield weight.detach().flatten(0, -2)
+        plain = isinstance(unit, Linear | StackedLinear | Embedding | nn.Linear)
+        if not (plain or isinstance(unit, Packed)) or not known(model, path):
+            continue
+        held = loaded(model, path)
+        if isinstance(held, Packed):
+            yield held.dense()
+        elif (weight := held.get_parameter("weight")).is_floating_point():
+            yield weight.detach().flatten(0, -2)

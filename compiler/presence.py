@@ -46,6 +46,14 @@ def present(model: Model, blocks: Sequence[str]) -> Iterator[None]:
         model.release(read)
 
 
+def known(model: Model, path: str) -> bool:
+    """Whether the weights of a module are in memory or can be read."""
+    module = model.module(path)
+    absent = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
+    ties = model.ties() if absent else {}
+    return all(ties.get(f"{path}.{n}", f"{path}.{n}") in model.weights for n in absent)
+
+
 def loaded(model: Model, path: str) -> nn.Module:
     """The module at a path with its weights in memory, for reading; the model itself stays as it is."""
     module = model.module(path)

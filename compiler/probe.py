@@ -5,7 +5,7 @@ Shapes: ids [B, T]; outputs [B, T, V]. An error is max |after - before| over the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from effc.compiler.contract import EXACT_FLOAT32, Contract
 from effc.compiler.facts import facts_of, holds
 from effc.compiler.method import Method
 from effc.compiler.model import Model
+from effc.compiler.presence import computed_each
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
 
@@ -67,12 +68,17 @@ class Probe:
 def probe(
     method: Method, before: Model, after: Model, heldout: Sequence[Tensor] = (), seed: int = 0
 ) -> Probe:
-    """Measure the contract of `method` on random ids and on `heldout` ids [B, T]. Both need weights."""
+    """Measure the contract of `method` on random ids and on `heldout` ids [B, T].
+
+    A model whose weights are on disk is read block by block. EXACT is measured on wider clones, which hold
+    the whole model.
+    """
     contract = method.contract
     inputs = [*random_ids(before, seed), *heldout]
     exact = contract.fidelity.name == "EXACT"
     with torch.no_grad():
-        error = max(difference(before(ids), after(ids)) for ids in inputs)
+        outputs = zip(_answers(before, inputs), _answers(after, inputs), strict=True)
+        error = max(difference(left, right) for left, right in outputs)
         wide = _error_in(torch.float64, method, before, after, inputs) if exact else None
         single = _error_in(torch.float32, method, before, after, inputs) if exact else None
     return Probe(
@@ -84,6 +90,13 @@ def probe(
         tuple(broken(method, before, after, contract)),
         facts_of(after),
     )
+
+
+def _answers(model: Model, inputs: Sequence[Tensor]) -> Iterator[Tensor]:
+    """What a model computes on each input."""
+    if model.is_meta:
+        return computed_each(model, [(ids, model.step(ids)) for ids in inputs])
+    return (model(ids) for ids in inputs)
 
 
 def broken(method: Method, before: Model, after: Model, contract: Contract) -> list[str]:
@@ -131,7 +144,7 @@ def _again(method: Rewrite, model: Model) -> Model:
 def widened(model: Model, dtype: torch.dtype = torch.float64) -> Model:
     """A clone whose floating-point tensors are of `dtype`."""
     clone = model.clone()
-    for name, tensor in clone.tensors().items():
+    for name, tensor in clone.materialize().tensors().items():
         if tensor.is_floating_point():
             clone.place(name, tensor.to(dtype))
     return clone

@@ -6,21 +6,25 @@ Shapes: B sequences, T tokens, V vocabulary. Logits are compared in float32; sum
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from effc.compiler.losses import IGNORED, surprise, weighted
-from effc.compiler.method import Data
+from effc.compiler.method import Batch, Data
 from effc.compiler.model import Model
+from effc.compiler.presence import computed_each
 from effc.compiler.step import Step
 from effc.runtime.data._vocabulary import Ids
 from effc.runtime.data.choices import Question, Questions
 
 TOKENS = 4096
 """Tokens that go through the model at once."""
+TOGETHER = 16
+"""Batches that go through a block of a model on disk while it is in memory."""
 
 
 @torch.inference_mode()
@@ -30,14 +34,24 @@ def loss(model: Model, data: Data, split: str = "heldout", limit: int | None = N
     length = data.batch(split, [0]).ids.shape[1]
     rows = max(1, TOKENS // length)
     total, count = 0.0, 0
-    for start in range(0, size, rows):
-        batch = data.batch(split, range(start, min(size, start + rows)))
+    starts = range(0, size, rows)
+    batches = (data.batch(split, range(start, min(size, start + rows))) for start in starts)
+    for batch, logits in _answered(model, batches):
         carrying = int((batch.labels != IGNORED).sum())
-        logits = model(batch.ids, step=batch.step)
         mean, _ = weighted(logits, batch.labels != IGNORED, [(1.0, surprise)], batch.labels)
         total += float(mean) * carrying
         count += carrying
     return total / max(1, count)
+
+
+def _answered(model: Model, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Every batch with its logits. A model on disk is read block by block, once for TOGETHER batches."""
+    if not model.is_meta:
+        for batch in batches:
+            yield batch, model(batch.ids, step=batch.step)
+        return
+    while some := list(islice(batches, TOGETHER)):
+        yield from zip(some, computed_each(model, [(b.ids, b.step) for b in some]), strict=True)
 
 
 def bits_per_byte(model: Model, data: Data, split: str = "heldout") -> float:
@@ -62,8 +76,9 @@ def likelihoods(model: Model, question: Question) -> Tensor:
     rows = [np.concatenate([question.prompt, choice]) for choice in question.choices]
     ids, mask = _padded(rows)
     places = torch.arange(ids.shape[1]).expand_as(ids)
-    logits = model(ids, step=Step(places, key_mask=None if bool(mask.all()) else mask)).float()
-    logp = torch.log_softmax(logits, -1)
+    step = Step(places, key_mask=None if bool(mask.all()) else mask)
+    logits = next(computed_each(model, [(ids, step)])) if model.is_meta else model(ids, step=step)
+    logp = torch.log_softmax(logits.float(), -1)
     scores = torch.zeros(len(rows), dtype=torch.float64)
     for i, choice in enumerate(question.choices):
         start = len(question.prompt)
