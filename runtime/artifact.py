@@ -27,7 +27,7 @@ from effc.compiler.graph_json import from_json, to_json
 from effc.compiler.importer import TOKENIZER_FILES
 from effc.compiler.model import Model, TokenizerFiles
 from effc.compiler.weights import resident
-from effc.runtime.objects import hash_of
+from effc.runtime.fingerprints import hash_of
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 FORMAT = 1

@@ -15,14 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from effc.compiler.checkpoint import read_header
+from effc.compiler.checkpoint import TensorRef, read_header
 from effc.compiler.checkpoint_write import write_folder
 from effc.compiler.model import Model
 from effc.compiler.weights import LazyTensor, Stored, resident
 from effc.runtime import durable
-from effc.runtime.objects import Entry, damaged, entry_of, hash_of
+from effc.runtime.fingerprints import hash_of, hashes_of
+from effc.runtime.objects import Entry, damaged
 
 Bundle = Mapping[str, Any]
 """{"files": {BLAKE3: [bytes, time of change in ns]}, "at": {tensor: [BLAKE3, offset]}} as plain JSON."""
@@ -43,26 +45,27 @@ class Bundles:
         Raises:
             EffcError: E601 when the disk is full, E602 when it cannot be written.
         """
-        entries: dict[str, Entry] = {}
         owned = {n: model.weights[n] if t.is_meta else resident(t) for n, t in model.tensors().items()}
-        tensors = {written: _watched(owned[name], name, entries) for written, name in names.items()}
+        files: dict[str, list[int]] = {}
+        at: dict[str, list[Any]] = {}
+        entries: dict[str, Entry] = {}
         try:
             self.aside.mkdir(parents=True, exist_ok=True)
             folder = Path(tempfile.mkdtemp(dir=self.aside))
             try:
-                write_folder(folder, tensors)
-                files = [self._settled(path) for path in sorted(folder.glob("*.safetensors"))]
+                write_folder(folder, {written: owned[name] for written, name in names.items()})
+                for path in sorted(folder.glob("*.safetensors")):
+                    refs = read_header(path)
+                    file, own = hashes_of(path, refs)
+                    stat = self._settled(path, file).stat()
+                    files[file] = [stat.st_size, stat.st_mtime_ns]
+                    at |= {names[written]: [file, ref.offset] for written, ref in refs.items()}
+                    entries |= {names[written]: _entry(own[written], ref) for written, ref in refs.items()}
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError as problem:
             raise durable.refused(problem, self.folder) from problem
-        at = {
-            names[written]: [path.stem, ref.offset]
-            for path in files
-            for written, ref in read_header(path).items()
-        }
-        stats = {path.stem: path.stat() for path in files}
-        return {"files": {name: [s.st_size, s.st_mtime_ns] for name, s in stats.items()}, "at": at}, entries
+        return {"files": files, "at": at}, entries
 
     def whole(self, bundle: Bundle) -> bool:
         """Whether every file is there as it was written; one that was changed loses its name here."""
@@ -104,9 +107,8 @@ class Bundles:
         """The files of a bundle with their bytes; empty where a result has none."""
         return {self.path(n): int(size) for n, (size, _) in (bundle or {"files": {}})["files"].items()}
 
-    def _settled(self, path: Path) -> Path:
-        """Give a written and synced file the name it keeps; one that is there already stays."""
-        name = hash_of(path)
+    def _settled(self, path: Path, name: str) -> Path:
+        """Give a written and synced file the name it keeps, its hash; one that is there already stays."""
         place = self.path(name)
         place.parent.mkdir(parents=True, exist_ok=True)
         if not (place.is_file() and hash_of(place) == name):
@@ -127,12 +129,7 @@ class Bundles:
         return False
 
 
-def _watched(lazy: LazyTensor, name: str, entries: dict[str, Entry]) -> LazyTensor:
-    """A tensor that leaves its entry when it is read."""
-
-    def read() -> Tensor:
-        found = lazy.read()
-        entries[name] = entry_of(found)
-        return found
-
-    return LazyTensor(lazy.shape, lazy.dtype, read)
+def _entry(name: str, ref: TensorRef) -> Entry:
+    """What a manifest says about a tensor that would be an object of this name."""
+    like = torch.empty(ref.shape, dtype=ref.dtype, device="meta")
+    return [name, durable.size_of(like), durable.DTYPES[ref.dtype], list(ref.shape)]

@@ -126,11 +126,19 @@ class Gates:
             if isinstance(format_, Artifact):
                 judged = [self._judged[i] for i in sorted(self._judged)]
                 format_ = format_.telling(self.story(export.model, judged))
-            verdict = format_.publish(self.models[export.model])
+            verdict = format_.publish(self.models[export.model], self._merged_from(export.model))
         self.tell("export", name, str(format_.path))
         seconds = perf_counter() - start
         verified = f"{verdict.consumer}, error {verdict.error:.1e}"
         return ExportRun(export.model, export.call.kind, str(format_.path), verified, seconds=seconds)
+
+    def _merged_from(self, name: str) -> list[Model]:
+        """The loaded models behind one that only merges made; else none."""
+        behind = [b for b in self.recipe.bindings if b.name in {name, *self.recipe.ancestors(name)}]
+        made = [b for b in behind if b.keyword != "model"]
+        if not made or any(not b.call.kind.startswith("merge.") for b in made):
+            return []
+        return [self.models[b.name] for b in behind if b.keyword == "model"]
 
     def _refused(self, export: Export, reason: str) -> ExportRun:
         self.tell("cancelled", f"{export.call.kind} of {export.model}", reason)

@@ -16,12 +16,11 @@ from torch import Tensor
 from effc.compiler.model import Model
 from effc.compiler.weights import LazyTensor, Stored
 from effc.runtime import durable
+from effc.runtime.fingerprints import hash_of
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 Entry = list[Any]
 """[name, bytes on disk] of a file; [name, bytes on disk, dtype, shape] of a tensor."""
-
-_BLOCK = 1 << 22
 
 
 class Objects:
@@ -141,15 +140,6 @@ class Objects:
     def path(self, name: str) -> Path:
         """Where the object lies or would lie."""
         return self.folder / name[:2] / name
-
-
-def hash_of(path: Path) -> str:
-    """BLAKE3 of a file, in hexadecimal."""
-    digest = blake3()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def identity_of(tensor: Tensor) -> str:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from effc.compiler.model import Model
 from effc.compiler.placed import placed as placed_in
 from effc.runtime import tiny as small
 from effc.runtime.bind import spec_of
 from effc.runtime.load import open_model
-from effc.runtime.objects import hash_of, identity_of
+from effc.runtime.fingerprints import hash_of
+from effc.runtime.objects import identity_of
 from effc.runtime.remembered import Remembered
 from effc.runtime.store import Store, content_of
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
@@ -34,7 +38,8 @@ class Opening:
     def model(self, binding: Binding, models: Mapping[str, Model]) -> tuple[Model, str]:
         """A model from outside, its weights not yet read, and the fingerprint of its content."""
         model = open_model(binding.call, models, self.tiny)
-        return model, content_of(model, lambda name: self._tensor(model, name))
+        tensors, files = model.tensors(), cache(self._file)
+        return model, content_of(model, lambda name: _print(model, name, tensors[name], files))
 
     def data(self, name: str, model: Model) -> Any:
         """The data of this name as packed for a model's tokenizer.
@@ -71,21 +76,21 @@ class Opening:
     def _is(self, ref: Ref, value: str) -> bool:
         return self.recipe.stage(ref.name).value == value
 
-    def _tensor(self, model: Model, name: str) -> str:
-        """The fingerprint of one tensor; where a file holds it as it is, that of the file and the place."""
-        tensor = model.tensors()[name]
-        if not tensor.is_meta:
-            return identity_of(tensor)
-        lazy = model.weights[name]
-        if lazy.stored is None:
-            return identity_of(lazy.read())
-        return f"{self._file(lazy.stored.file)} {lazy.stored.offset} {list(lazy.shape)} {lazy.dtype}"
-
     def _file(self, path: Path) -> str:
         """BLAKE3 of a file, remembered by path, size, time of change and inode."""
         stat = os.stat(path)
         question = ["blake3", str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
         return str(self.remembered.get(question, lambda: hash_of(path)))
+
+
+def _print(model: Model, name: str, tensor: Tensor, file: Callable[[Path], str]) -> str:
+    """The fingerprint of one tensor; where a file holds it as it is, that of the file and the place."""
+    if not tensor.is_meta:
+        return identity_of(tensor)
+    lazy = model.weights[name]
+    if lazy.stored is None:
+        return identity_of(lazy.read())
+    return f"{file(lazy.stored.file)} {lazy.stored.offset} {list(lazy.shape)} {lazy.dtype}"
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from effc.compiler.method import Context, Method
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.compiler.selected import selector_report
+from effc.compiler.shapes import Merge
 from effc.runtime.artifact import Story
 from effc.runtime.bind import method_of
 from effc.runtime.compiled import Compiled, ExpectRun, StageRun
@@ -137,7 +138,7 @@ class Run:
         self, binding: Binding, method: Method, key: str, parts: Mapping[str, Any], data: Mapping[str, Any]
     ) -> tuple[Result, bool]:
         """Run a stage and publish it, unless another process does so first."""
-        name = binding.name
+        name, inputs = binding.name, [self.models[ref.name] for ref in binding.call.models]
         with self.store.writing(key, lambda who: self._tell("waiting", name, who), self.stop) as waited:
             if waited and (found := self.store.get(key)) is not None:
                 return found, True
@@ -153,9 +154,10 @@ class Run:
                 progress=lambda done, of, unit: self._tell("progress", name, done=done, of=of, unit=unit),
                 device=self.device,
                 workdir=journal.spill(),
+                names=bundled(self.recipe, name, inputs[0]) if isinstance(method, Merge) else None,
                 stop=self.stop,
             )
-            outcome = run_stage(method, [self.models[ref.name] for ref in binding.call.models], context)
+            outcome = run_stage(method, inputs, context)
             about = {"recipe": self.recipe.name, "stage": name, "method": method.kind, "parts": parts}
             names = bundled(self.recipe, name, outcome.model)
             result = self.store.publish(key, outcome, about, names)

@@ -13,7 +13,6 @@ from effc.compiler.model import Model
 from effc.compiler.weights import LazyTensor
 from effc.specs.diagnostic import Diagnostic, EffcError
 
-
 _SAID_OTHERWISE = {"dtype", "torch_dtype", "_name_or_path"}
 """Keys of a config that its tensors say better, or that say nothing about them."""
 
@@ -47,7 +46,7 @@ def same_layout(folder: Path, due: Mapping[str, LazyTensor]) -> dict[str, Tensor
 
 
 def same_form(source: Model, config: Mapping[str, Any], due: Mapping[str, LazyTensor]) -> Path | None:
-    """The folder of a loaded model, where it has this config and tensors of these names, shapes and dtypes."""
+    """The folder of a loaded model, where it has this config and tensors of these names, shapes, dtypes."""
     folders = {lazy.stored.file.parent for lazy in source.weights.values() if lazy.stored is not None}
     if len(folders) != 1 or not (path := next(iter(folders)) / "config.json").is_file():
         return None

@@ -109,8 +109,14 @@ class Export(Spec):
         """Let the consumer load what was written. Raises EffcError E551 or E552."""
         raise NotImplementedError
 
-    def publish(self, model: Model) -> Verdict:
+    def alike(self, place: Path, model: Model, sources: Sequence[Model]) -> Verdict | None:
+        """What can be said without a consumer where only numbers differ from a source; None to ask it."""
+        return None
+
+    def publish(self, model: Model, sources: Sequence[Model] = ()) -> Verdict:
         """Check, write aside, verify, then move to `path`; what was there is replaced only then.
+
+        `sources` are the loaded models that the model was merged from, if no other stage made it.
 
         Raises:
             EffcError: E550-E553 as above, E561 when a folder is in the way that no export made, E601 when the
@@ -128,7 +134,7 @@ class Export(Spec):
                 self.write(model.clone(), made)
                 if made.is_dir():
                     put(made, self.kind, listed=self.kind != "artifact")
-                verdict = self.verify(made, model.clone()) if _fits(model) else self._read_again(made, model)
+                verdict = self.alike(made, model, sources) or self._verified(made, model)
                 _settle(made, target, folder / OLD)
         except OSError as problem:
             raise refused(problem, target) from problem
@@ -143,6 +149,9 @@ class Export(Spec):
             EffcError: E414 to E418 for files that cannot be read, E443, E444 or E552 for other content.
         """
         raise NotImplementedError
+
+    def _verified(self, place: Path, model: Model) -> Verdict:
+        return self.verify(place, model.clone()) if _fits(model) else self._read_again(place, model)
 
     def _read_again(self, place: Path, model: Model) -> Verdict:
         """What can be said of a model that is too large for its consumer; the verdict says that none ran.
