@@ -163,7 +163,8 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
                 if any(name not in models for name in needs):  # what it is made from was refused already
                     problems += _followed(binding, staged, models | refused, refused)
                     continue
-                made = _outlined(binding, staged, models)
+                made, warned = _outlined(staged, models)
+                problems += [placed(d, binding.call) for d in warned]
         except EffcError as problem:
             problems += [placed(d, binding.call) for d in problem.diagnostics]
             if staged is not None:
@@ -193,16 +194,16 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
     return result
 
 
-def _outlined(binding: Binding, staged: Staged, models: Mapping[str, Model]) -> Model:
-    """The structure after the stage, on meta."""
+def _outlined(staged: Staged, models: Mapping[str, Model]) -> tuple[Model, Sequence[Diagnostic]]:
+    """The structure after the stage, on meta, and what the method warns of."""
     first, *others = [models[name] for name in staged.models]
     others += [models[name] for name in staged.named.values()]
-    refused = [d for d in staged.method.refuses(first, others) if d.severity == "error"]
-    if refused:
+    told = staged.method.refuses(first, others)
+    if refused := [d for d in told if d.severity == "error"]:
         raise EffcError(*refused)
     rewriter = Rewriter(first, staged.method.kind)
     staged.method.outline(rewriter, others)
-    return rewriter.done()
+    return rewriter.done(), told
 
 
 def _followed(

@@ -59,7 +59,8 @@ def anything(place: Place) -> Place:
 def takes(form: Form) -> str:
     """A form in words, for "takes ..."."""
     if form.choices:
-        return " | ".join(map(str, form.choices))
+        words = " | ".join(map(str, form.choices))
+        return f"the word `{words}`" if len(form.choices) == 1 else words
     plain = {
         "int": "a whole number",
         "float": "a number",
