@@ -1,11 +1,16 @@
-"""Which setting makes a stage fit: the smallest change of one argument whose predicted peak is low enough."""
+"""What does not fit into memory or onto the disk, and the smallest change of an argument that makes it fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from effc.compiler.method import Method
+from effc.compiler.placed import placed
+from effc.specs.diagnostic import Diagnostic
+from effc.specs.recipe import Binding
+from effc.specs.target import Target
+from effc.specs.units import fmt_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +48,31 @@ def _doubling(start: int, last: int) -> Iterator[int]:
     while start <= last:
         yield start
         start *= 2
+
+
+def too_large(binding: Binding, method: Method, peak: Callable[[Method], int], target: Target) -> Diagnostic:
+    """E351 at a stage whose `peak` (resident bytes, by method) is above the memory of the target."""
+    needed, has = fmt_bytes(peak(method)), fmt_bytes(target.memory_bytes)
+    setting = remedy(method, peak, target.memory_bytes)
+    notes = (f"it would need {needed}; `{target.name}` has {has}",)
+    if setting is None:
+        advice = f"no setting of `{method.kind}` makes it fit; take a machine with {needed} of memory"
+    else:
+        advice = f"write `{setting.written}`; then it needs {fmt_bytes(setting.peak)}"
+    about = setting.written.partition(" ")[0] if setting else ""
+    title = f"`{binding.name}` does not fit into memory"
+    return placed(Diagnostic("E351", title, (), notes, advice, about=about), binding.call)
+
+
+def disk_full(recipe: str, results: Mapping[str, int], free: int) -> Diagnostic:
+    """E352 for results, stage -> bytes, that need more than is free."""
+    largest = max(results, key=lambda name: results[name])
+    return Diagnostic(
+        "E352",
+        f"the store of `{recipe}` does not fit on the disk",
+        notes=(
+            f"results take {fmt_bytes(sum(results.values()))}, {fmt_bytes(free)} are free",
+            f"the largest is `{largest}` with {fmt_bytes(results[largest])}",
+        ),
+        help="free space with `effc cache gc`, or choose a place with `--store elsewhere`",
+    )

@@ -148,6 +148,10 @@ class Work:
     """Bytes read and written."""
     memory: int = 0
     """Bytes held at once, beyond the process itself."""
+    exact: float = 0
+    """Multiplications and additions in matrix products in float32, whatever the model is stored in."""
+    traffic: float = 0
+    """Bytes that elementwise arithmetic moves through memory."""
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -155,6 +159,8 @@ class Work:
             self.solve + other.solve,
             self.disk + other.disk,
             max(self.memory, other.memory),
+            self.exact + other.exact,
+            self.traffic + other.traffic,
         )
 
 

@@ -9,23 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any, Protocol
 
+from effc.compiler.around import Around, Text, around
 from effc.compiler.contract import Contract
 from effc.compiler.cost import Cost, count
-from effc.compiler.effort import peak_of, seconds_of
-from effc.compiler.fit import remedy
-from effc.compiler.method import Method
+from effc.compiler.effort import merging, peak_of, seconds_of
+from effc.compiler.fit import disk_full, too_large
+from effc.compiler.method import Method, Work
 from effc.compiler.model import Model
 from effc.compiler.placed import placed
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selected import selector_report
+from effc.compiler.shapes import Merge
 from effc.compiler.stand_in import selector_problems, stands_in
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.recipe import Binding, Export, Recipe
 from effc.specs.target import Target
-from effc.specs.units import fmt_bytes
 
 ATTENDED = 512
 """Keys that a token attends to on average in `flops_per_token`: the mean of a 1024-token prefill."""
@@ -53,6 +54,10 @@ class Sources(Protocol):
     def stage(self, binding: Binding) -> Staged: ...
     def refuses(self, export: Export, model: Model) -> Sequence[Diagnostic]:
         """Why the export's format cannot express the model."""
+        ...
+
+    def text(self, binding: Binding) -> Text:
+        """How much a `data` binding reads; empty where that is not known."""
         ...
 
     def missing(self, binding: Binding) -> Sequence[Diagnostic]:
@@ -106,13 +111,15 @@ class Plan:
     models: Mapping[str, Model]
     """Every model of the recipe on meta, as it will be."""
     warnings: tuple[Diagnostic, ...] = ()
+    around: tuple[Around, ...] = ()
+    """What a run does beside the stages."""
 
     def stage(self, name: str) -> StagePlan:
         return next(s for s in self.stages if s.name == name)
 
     @property
     def seconds(self) -> float:
-        return sum(s.seconds for s in self.stages)
+        return sum(s.seconds for s in self.stages) + sum(a.seconds for a in self.around)
 
     @property
     def peak_bytes(self) -> int:
@@ -128,6 +135,7 @@ class Plan:
             "title": self.recipe.title,
             "target": self.target.model_dump(mode="json"),
             "stages": [s.as_json() for s in self.stages],
+            "around": [a.as_json() for a in self.around],
             "expects": [{"text": e.text, "holds": None} for e in self.recipe.expects],
             "exports": [
                 {"model": e.model, "format": e.call.kind, "path": e.call.arguments.get("path")}
@@ -148,6 +156,7 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
     refused: dict[str, Model] = {}
     stages: list[StagePlan] = []
     problems: list[Diagnostic] = []
+    texts = {b.name: sources.text(b) for b in recipe.bindings if b.value == "data"}
     for binding in recipe.bindings:
         if binding.value == "data":
             problems += [placed(d, binding.call) for d in sources.missing(binding)]
@@ -171,10 +180,12 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
                 _followed(binding, staged, models, refused)
             continue
         models[binding.name] = made
-        stage = _costed(binding, staged, made, models, target)
+        stage = _costed(binding, staged, made, models, target, texts)
         stages.append(stage)
         if staged is not None and stage.peak_bytes > target.memory_bytes:
-            problems.append(_too_large(binding, staged, stage, models, target))
+            source, opened = models[staged.models[0]], _opened(texts)
+            resident = partial(_peak, staged, source, target, opened)
+            problems.append(too_large(binding, staged.method, resident, target))
     for export in recipe.exports:
         if export.model in models:
             try:
@@ -182,13 +193,13 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
             except EffcError as problem:
                 found = problem.diagnostics
             problems += [placed(d, export.call) for d in found]
-    result = Plan(
-        recipe, target, tuple(stages), models, tuple(d for d in problems if d.severity == "warning")
-    )
+    warnings = tuple(d for d in problems if d.severity == "warning")
+    beside = tuple(around(recipe, models, texts, target))
+    result = Plan(recipe, target, tuple(stages), models, warnings, beside)
     errors = [d for d in problems if d.severity == "error"]
     free = target.disk_bytes if target.disk_bytes is not None else sources.disk_free()
     if not errors and result.disk_bytes > free:
-        errors.append(_disk_full(result, free))
+        errors.append(disk_full(recipe.name, {s.name: s.disk_bytes for s in stages}, free))
     if errors:
         raise EffcError(*errors)
     return result
@@ -219,25 +230,47 @@ def _followed(
 
 
 def _costed(
-    binding: Binding, staged: Staged | None, made: Model, models: Mapping[str, Model], target: Target
+    binding: Binding,
+    staged: Staged | None,
+    made: Model,
+    models: Mapping[str, Model],
+    target: Target,
+    texts: Mapping[str, Text],
 ) -> StagePlan:
     cost = count(made, ATTENDED)
     if staged is None:
         seconds = 0.05 + cost.bytes / target.disk_read  # read once, for its fingerprint
         return StagePlan(binding.name, binding.call.kind, (), cost, target.base_bytes, 0, seconds, {})
     source = models[staged.models[0]]
-    work = staged.method.work(source, staged.seq)
+    work = _work(staged, staged.method, source)
     return StagePlan(
         binding.name,
         binding.call.kind,
         (*staged.models, *staged.named.values()),
         cost,
-        peak_of(staged.method, source, work, target),
+        peak_of(staged.method, source, work, target, _opened(texts), staged.seq),
         cost.bytes,
         seconds_of(staged.method, source, work, target) + cost.bytes / target.disk_write,
         promise(staged.method.contract),
         selector_report(staged.method, source),
     )
+
+
+def _work(staged: Staged, method: Method, source: Model) -> Work:
+    """The stage's own work; a merge says nothing of it, since it depends on how many models come in."""
+    work = method.work(source, staged.seq)
+    if isinstance(method, Merge):
+        work += merging(source, len(staged.models) + len(staged.named), method.rounds)
+    return work
+
+
+def _peak(staged: Staged, source: Model, target: Target, opened: int, method: Method) -> int:
+    """Resident bytes with `method` in place of the stage's own, which may differ in an argument."""
+    return peak_of(method, source, _work(staged, method, source), target, opened, staged.seq)
+
+
+def _opened(texts: Mapping[str, Text]) -> int:
+    return sum(text.bytes for text in texts.values())
 
 
 def promise(contract: Contract) -> dict[str, Any]:
@@ -250,40 +283,3 @@ def promise(contract: Contract) -> dict[str, Any]:
         "error": None,
         "held": None,
     }
-
-
-# ---- what does not fit
-
-
-def _too_large(
-    binding: Binding, staged: Staged, stage: StagePlan, models: Mapping[str, Model], target: Target
-) -> Diagnostic:
-    def peak(method: Method) -> int:
-        first = models[staged.models[0]]
-        return peak_of(method, first, method.work(first, staged.seq), target)
-
-    setting = remedy(staged.method, peak, target.memory_bytes)
-    notes = (
-        f"it would need {fmt_bytes(stage.peak_bytes)}; `{target.name}` has {fmt_bytes(target.memory_bytes)}",
-    )
-    if setting is None:
-        needed = fmt_bytes(stage.peak_bytes)
-        advice = f"no setting of `{stage.method}` makes it fit; take a machine with {needed} of memory"
-    else:
-        advice = f"write `{setting.written}`; then it needs {fmt_bytes(setting.peak)}"
-    about = setting.written.partition(" ")[0] if setting else ""
-    title = f"`{binding.name}` does not fit into memory"
-    return placed(Diagnostic("E351", title, (), notes, advice, about=about), binding.call)
-
-
-def _disk_full(result: Plan, free: int) -> Diagnostic:
-    largest = max(result.stages, key=lambda s: s.disk_bytes)
-    return Diagnostic(
-        "E352",
-        f"the store of `{result.recipe.name}` does not fit on the disk",
-        notes=(
-            f"results take {fmt_bytes(result.disk_bytes)}, {fmt_bytes(free)} are free",
-            f"the largest is `{largest.name}` with {fmt_bytes(largest.disk_bytes)}",
-        ),
-        help=f"free space with `effc cache gc`, or choose a place with `--store {Path('elsewhere')}`",
-    )

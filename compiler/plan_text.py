@@ -19,9 +19,12 @@ def plan_text(record: Record) -> str:
 
 def _lines(record: Record) -> Iterator[str]:
     stages: Sequence[Record] = record["stages"]
+    beside: Sequence[Record] = record.get("around", ())
     yield f"plan of {record['recipe']}" + (f": {record['title']}" if record["title"] else "")
     yield ""
-    yield from table([_HEAD, *(_row(s) for s in stages), _total(stages)], left=2)
+    yield from table(
+        [_HEAD, *(_row(s) for s in stages), *map(_beside, beside), _total(stages, beside)], left=2
+    )
     for stage in stages:
         if stage["selected"]:
             yield ""
@@ -54,8 +57,13 @@ def _row(stage: Record) -> tuple[str, ...]:
     )
 
 
-def _total(stages: Sequence[Record]) -> tuple[str, ...]:
-    disk, seconds = sum(s["disk_bytes"] for s in stages), sum(s["seconds"] for s in stages)
+def _beside(row: Record) -> tuple[str, ...]:
+    """What is no stage: its time alone."""
+    return (row["name"], row["what"], "", "", "", "", "", "", fmt_seconds(row["seconds"]))
+
+
+def _total(stages: Sequence[Record], beside: Sequence[Record]) -> tuple[str, ...]:
+    disk, seconds = sum(s["disk_bytes"] for s in stages), sum(s["seconds"] for s in (*stages, *beside))
     peak = max((s["peak_bytes"] for s in stages), default=0)
     return ("", "", "", "", "", "", fmt_bytes(peak), fmt_bytes(disk), fmt_seconds(seconds))
 

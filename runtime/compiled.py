@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from effc.compiler.around import Around
 from effc.compiler.cost import Cost
 from effc.compiler.model import Model
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.recipe import Recipe
 
 Record = dict[str, Any]
+PREDICTED = ("params", "bytes", "peak_bytes", "seconds")
+"""What a plan says of a stage that a run measures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,8 @@ class Compiled:
     problems: list[Diagnostic] = field(default_factory=list)
     """What failed: expects and contracts, with their places."""
     warnings: list[Diagnostic] = field(default_factory=list)
+    around: tuple[Around, ...] = ()
+    """What was done beside the stages, and how long it took."""
 
     @property
     def exit_code(self) -> int:
@@ -143,12 +148,29 @@ class Compiled:
             "params": {name: value for name, value in self.recipe.params.items() if _is_plain(value)},
             "tiny": self.tiny,
             "stages": [stage.as_json() for stage in self.stages],
+            "around": [row.as_json() for row in self.around],
             "expects": [expect.as_json() for expect in self.expects],
             "exports": [export.as_json() for export in self.exports],
             "warnings": [warning.as_json() for warning in self.warnings],
             "problems": [problem.as_json() for problem in self.problems],
         }
-        return record if plan is None else record | {"plan": dict(plan)}
+        if plan is None:
+            return record
+        return record | {"plan": dict(plan), "predictions": list(_predictions(plan, record))}
+
+
+def _predictions(plan: Mapping[str, Any], record: Mapping[str, Any]) -> Iterator[Record]:
+    """Planned beside measured, for each stage and each line beside them; what is cached took no time."""
+    measured = {stage["name"]: stage for stage in record["stages"]}
+    for stage in plan["stages"]:
+        if (found := measured.get(stage["name"])) is not None:
+            pairs = {k: {"planned": stage[k], "measured": found[k]} for k in PREDICTED}
+            yield {"name": stage["name"], "cached": found["cached"], **pairs}
+    spent = {(row["name"], row["what"]): row["seconds"] for row in record["around"]}
+    for row in plan["around"]:
+        seconds = spent.get((row["name"], row["what"]))
+        pair = {"planned": row["seconds"], "measured": seconds}
+        yield {"name": f"{row['name']}: {row['what']}", "cached": seconds is None, "seconds": pair}
 
 
 def _is_plain(value: Any) -> bool:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from time import perf_counter
 
+from effc.compiler.around import exported
 from effc.compiler.model import Model
 from effc.runtime.artifact import Story
 from effc.runtime.bind import spec_of
+from effc.runtime.clock import Clock
 from effc.runtime.compiled import ExpectRun, ExportRun
 from effc.runtime.exports.artifact import Artifact
 from effc.runtime.opening import placed
@@ -38,6 +40,8 @@ class Gates:
         an artefact tells about itself."""
         self.story = story
         self.recipe, self.models, self.measure, self.tell, self.tiny = recipe, models, measure, tell, tiny
+        self.clock = Clock()
+        """What exports take; the run gives its own."""
         self.problems: list[Diagnostic] = []
         self._failed: dict[str, str] = {}
         """Model -> why nothing behind it runs."""
@@ -118,10 +122,10 @@ class Gates:
     # -- exports
 
     def _published(self, export: Export) -> ExportRun:
-        name = f"{export.call.kind} of {export.model}"
+        name = exported(export.call.kind, export.model)
         self.tell("start", name, "is written and verified")
         start = perf_counter()
-        with placed(export.call.span or export.span, export.call):
+        with placed(export.call.span or export.span, export.call), self.clock.on("export", name):
             format_ = spec_of("export", export.call)
             if isinstance(format_, Artifact):
                 judged = [self._judged[i] for i in sorted(self._judged)]

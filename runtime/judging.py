@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effc.compiler.around import LOSSES, REPORTED, judged, reportable, streams
 from effc.compiler.method import Method
 from effc.compiler.model import Model
 from effc.compiler.plan import promise
@@ -23,11 +24,6 @@ from effc.runtime.machine import memory_bytes
 from effc.runtime.metrics import COUNTED, latency, measure
 from effc.runtime.opening import Opening
 from effc.specs.recipe import Metric
-
-TOKENS = 8192
-"""Held-out tokens behind the losses of the report."""
-SHARE = 0.3
-"""Largest share of main memory that a model may take to be measured for the report alone."""
 
 
 class Judging:
@@ -50,7 +46,9 @@ class Judging:
         split = metric.data.split if metric.data else None
 
         def measured() -> float:
-            present = model if metric.metric in COUNTED else model.clone().materialize()
+            present = model if metric.metric in COUNTED else self._present(metric.model)
+            if metric.metric == "latency":
+                present = present.clone().materialize()
             return float(measure(present, metric.metric, data, metric.arguments, split))
 
         if metric.metric == "latency":
@@ -58,7 +56,8 @@ class Judging:
         print_ = data.fingerprint if data is not None else None
         question = [metric.metric, self.fingerprints[metric.model], print_, split]
         question += [[str(argument) for argument in metric.arguments], *self._class("effc.runtime.metrics")]
-        return float(self._remember(question, measured))
+        with self.opening.clock.on("expect", judged(self.opening.recipe)):
+            return float(self._remember(question, measured))
 
     def losses(self, name: str, data: Mapping[str, Any]) -> dict[str, float]:
         """Loss of a model on the first held-out tokens of each data; empty when it is too large to hold."""
@@ -67,11 +66,12 @@ class Judging:
         found = {}
         for label, opened in data.items():
             length = opened.batch("heldout", [0]).ids.shape[1]
-            limit = max(1, TOKENS // length)
+            limit = max(1, REPORTED // length)
             question = ["loss", self.fingerprints[name], opened.fingerprint, limit]
             question += self._class("effc.runtime.evaluate")
             measured = partial(self._loss, name, opened, limit)
-            found[label] = float(self._remember(question, measured))
+            with self.opening.clock.on("report", LOSSES):
+                found[label] = float(self._remember(question, measured))
         return found
 
     def _loss(self, name: str, opened: Any, limit: int) -> float:
@@ -79,12 +79,16 @@ class Judging:
 
     def latency(self, name: str) -> float | None:
         """Seconds of one decoded token; None when the model is too large to hold."""
-        return latency(self._present(name)) if self.fits(name) else None
+        if not self.fits(name):
+            return None
+        with self.opening.clock.on("report", LOSSES):
+            return latency(self._present(name))
 
     def contract(self, method: Method, before: str, after: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """What the contract promised and whether it was kept, on random and held-out inputs."""
         contract = promise(method.contract)
-        if not (self.fits(before) and self.fits(after)):
+        wide = method.contract.fidelity.name == "EXACT"  # measured on clones in float64, which must fit
+        if (wide or streams(self.opening.recipe)) and not (self.fits(before) and self.fits(after)):
             return contract
         heldout = [_ids(opened) for opened in data.values()]
         question = [
@@ -105,16 +109,20 @@ class Judging:
                 "facts": facts,
             }
 
-        found: dict[str, Any] = self._remember(question, measured)
+        with self.opening.clock.on("report", LOSSES):
+            found: dict[str, Any] = self._remember(question, measured)
         return contract | found
 
     def fits(self, name: str) -> bool:
         """Whether a model is small enough to be held for the report."""
         model = self.models[name]
-        return sum(t.numel() * t.element_size() for t in model.tensors().values()) <= SHARE * self._memory
+        most = reportable(self.opening.recipe, self._memory)
+        return sum(t.numel() * t.element_size() for t in model.tensors().values()) <= most
 
     def _present(self, name: str) -> Model:
-        return self.models[name].clone().materialize()
+        """The model in memory; one that is too large stays on disk and is read block by block."""
+        model = self.models[name]
+        return model.clone().materialize() if self.fits(name) else model
 
     def _class(self, *modules: str) -> list[Any]:
         return [numeric_class(self.device), fingerprint(modules, docstrings=False)]

@@ -1,7 +1,7 @@
 """This machine as a target: measured by `effc bench --calibrate`, else estimated from what the system says.
 
 The measured description lies in the user's cache, under the host's processor, so that a shared home directory
-serves unlike machines. Rates are medians of short runs: matrix products, a copy larger than the caches, a
+serves unlike machines. Rates are lower quartiles of short runs: matrix products, a copy larger than the caches, a
 file that is written and synced, and small additions for the price of starting one operation.
 """
 
@@ -11,7 +11,6 @@ import hashlib
 import os
 import platform
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -106,6 +105,9 @@ def calibrate(device: str = "cpu") -> Target:
         disk_write=write,
         overhead=_overhead(place),
         base_bytes=_idle_bytes(),
+        tokenize=_tokenize_rate(),
+        start=_start_seconds("torch"),
+        consumer=_start_seconds("transformers.models.auto.modeling_auto"),
         calibrated=True,
     )
     path = calibrated_path(device)
@@ -138,8 +140,8 @@ def disk_free(folder: Path) -> int:
 # ---- the measurements
 
 
-def _median_rate(amount: float, work: Callable[[], object], place: torch.device, runs: int = 7) -> float:
-    """amount / median seconds of `work`, after two runs to warm up."""
+def _quick_rate(amount: float, work: Callable[[], object], place: torch.device, runs: int = 7) -> float:
+    """amount / lower quartile of the seconds of `work`, after two runs to warm up."""
     import torch
 
     seconds = []
@@ -150,7 +152,7 @@ def _median_rate(amount: float, work: Callable[[], object], place: torch.device,
             torch.cuda.synchronize()
         if i >= 2:
             seconds.append(time.perf_counter() - start)
-    return _rounded(amount / statistics.median(seconds))
+    return _rounded(amount / sorted(seconds)[len(seconds) // 4])  # others disturb the slower runs
 
 
 def _rounded(rate: float) -> float:
@@ -162,7 +164,7 @@ def _gemm_rate(dtype: torch.dtype, place: torch.device) -> float:
 
     n = _GEMM if place.type == "cpu" else 8 * _GEMM
     a, b = torch.ones(n, n, dtype=dtype, device=place), torch.ones(n, n, dtype=dtype, device=place)
-    return _median_rate(2.0 * n**3, lambda: a @ b.T, place)
+    return _quick_rate(2.0 * n**3, lambda: a @ b.T, place)
 
 
 def _solve_rate(place: torch.device) -> float:
@@ -171,7 +173,7 @@ def _solve_rate(place: torch.device) -> float:
 
     n = _SOLVED
     spd = torch.eye(n, device=place) * 2 + torch.ones(n, n, device=place) / n
-    return _median_rate(float(n**3), lambda: torch.cholesky_inverse(torch.linalg.cholesky(spd)), place)
+    return _quick_rate(float(n**3), lambda: torch.cholesky_inverse(torch.linalg.cholesky(spd)), place)
 
 
 def _bandwidth(place: torch.device) -> float:
@@ -179,7 +181,7 @@ def _bandwidth(place: torch.device) -> float:
 
     source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, device=place)
     to = torch.empty_like(source)
-    return _median_rate(2.0 * _COPY_BYTES, lambda: to.copy_(source), place)
+    return _quick_rate(2.0 * _COPY_BYTES, lambda: to.copy_(source), place)
 
 
 def _overhead(place: torch.device) -> float:
@@ -191,7 +193,7 @@ def _overhead(place: torch.device) -> float:
         for _ in range(1000):
             torch.add(small, 1.0)
 
-    return _rounded(1 / _median_rate(1000, thousand, place))
+    return _rounded(1 / _quick_rate(1000, thousand, place))
 
 
 def _disk_rates(folder: Path) -> tuple[float, float]:
@@ -208,6 +210,35 @@ def _disk_rates(folder: Path) -> tuple[float, float]:
         path.read_bytes()
         read = time.perf_counter()
     return _rounded(_FILE_BYTES / (read - written)), _rounded(_FILE_BYTES / (written - start))
+
+
+def _tokenize_rate() -> float:
+    """Bytes of Python source a second, by the tokenizer that ships with effc."""
+    from effc.runtime.data.corpus import listed_files
+    from effc.runtime.data.text import Text
+    from effc.runtime.load import load
+
+    files = dict(getattr(load("zoo:pylm").tokenizer, "files", {}))
+    held = [path for path, split in listed_files("python-stdlib") if split == "heldout"]
+    with tempfile.TemporaryDirectory() as folder:
+        size = 0
+        for number, path in enumerate(held):
+            size += len(content := path.read_bytes())
+            (Path(folder) / f"{number}.py").write_bytes(content)
+        start = time.perf_counter()
+        Text(path=folder).open(files)
+        return _rounded(size / (time.perf_counter() - start))
+
+
+def _start_seconds(module: str) -> float:
+    """Until a new process has imported a module, or torch where there is none of the name."""
+    import subprocess
+    import sys
+
+    code = f"import torch\ntry:\n    import {module}\nexcept ImportError:\n    pass"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    return _rounded(time.perf_counter() - start)
 
 
 def _idle_bytes() -> int:

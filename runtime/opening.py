@@ -16,6 +16,7 @@ from effc.compiler.model import Model
 from effc.compiler.placed import placed as placed_in
 from effc.runtime import tiny as small
 from effc.runtime.bind import spec_of
+from effc.runtime.clock import Clock
 from effc.runtime.load import open_model
 from effc.runtime.fingerprints import hash_of
 from effc.runtime.objects import identity_of
@@ -33,6 +34,7 @@ class Opening:
         self.recipe, self.store, self.tiny = recipe, store, tiny
         self.remembered = Remembered(store.folder / "measured", store.aside)
         self.warnings: list[Diagnostic] = []
+        self.clock = Clock()
         self._data: dict[tuple[str, str], Any] = {}
 
     def model(self, binding: Binding, models: Mapping[str, Model]) -> tuple[Model, str]:
@@ -51,7 +53,8 @@ class Opening:
         files = dict(model.tokenizer.files) if model.tokenizer else {}
         key = (name, str(sorted(hash(item) for item in files.items())))
         if key not in self._data:
-            with placed(binding.call.span or binding.span, binding.call):
+            where = binding.call.span or binding.span
+            with placed(where, binding.call), self.clock.on("data", name):
                 source = spec_of("data", binding.call)
                 place = self.store.folder
                 opened = small.open_data(source, files, place) if self.tiny else source.open(files, place)

@@ -136,6 +136,16 @@ def predictions_of(record: Record, stages: Mapping[str, Record]) -> Iterator[dic
             "peak": _within(want, stage, "peak_bytes", fmt_bytes, 1.25),
             "seconds": _within(want, stage, "seconds", fmt_seconds, 2.0),
         }
+    for row in record.get("predictions", ()):
+        if "params" not in row:  # no stage: opening data, judging, exporting
+            run, plan = {"seconds": row["seconds"]["measured"]}, {"seconds": row["seconds"]["planned"]}
+            nothing = {"text": "", "ok": None}
+            seconds = _within(plan, run, "seconds", fmt_seconds, 2.0)
+            yield {
+                "stage": row["name"],
+                **dict.fromkeys(("params", "bytes", "peak"), nothing),
+                "seconds": seconds,
+            }
 
 
 def _exact(plan: Record, run: Record, key: str, words: Any) -> dict[str, Any]:

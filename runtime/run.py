@@ -77,6 +77,7 @@ class Run:
         self.fingerprints: dict[str, str] = {}
         self.judging = Judging(self.opening, self.models, self.fingerprints, device)
         self.gates = Gates(recipe, self.models, self.judging.metric, self._tell, tiny, self._story)
+        self.gates.clock = self.opening.clock
 
     def all(self) -> Compiled:
         """Every binding in order; behind each, the expects and exports that have become possible."""
@@ -94,6 +95,7 @@ class Run:
         self.compiled.expects, self.compiled.exports = self.gates.close()
         self.compiled.problems += self.gates.problems
         self.compiled.warnings = list(self.opening.warnings)
+        self.compiled.around = self.opening.clock.rows()
         return self.compiled
 
     def _story(self, model: str, judged: list[ExpectRun]) -> Story:
@@ -227,11 +229,15 @@ class Run:
 def deterministic() -> Iterator[None]:
     """Algorithms that give the same bits every time; the caller's own choice is put back."""
     before = torch.get_deterministic_debug_mode()
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     torch.set_deterministic_debug_mode("error")  # unlike use_deterministic_algorithms, imports no inductor
+    settings.fill_uninitialized_memory = False  # a tenth of the time; nothing reads it
     try:
         yield
     finally:
         torch.set_deterministic_debug_mode(before)
+        settings.fill_uninitialized_memory = filled
 
 
 def _seed(binding: Binding) -> int:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from effc.compiler.around import Text
 from effc.compiler.exporter import main_dtype
 from effc.compiler.model import Model
 from effc.compiler.plan import Staged
 from effc.runtime.bind import spec_of, staged
 from effc.runtime.data._files import find
+from effc.runtime.data.corpus import Corpus, listed_files
 from effc.runtime.load import open_model
 from effc.runtime.machine import disk_free
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -39,6 +41,19 @@ class Files:
     def refuses(self, export: Export, model: Model) -> Sequence[Diagnostic]:
         found: Sequence[Diagnostic] = spec_of("export", export.call).refuses(model)
         return found
+
+    def text(self, binding: Binding) -> Text:
+        if self.tiny:
+            return Text()
+        source = spec_of("data", binding.call)
+        if isinstance(source, Corpus):
+            sizes = [(path.stat().st_size, split) for path, split in listed_files(source.name)]
+            return Text(sum(n for n, _ in sizes), sum(n for n, split in sizes if split == "heldout"))
+        try:
+            whole = sum(path.stat().st_size for path in find(source.path))
+        except (EffcError, OSError):  # told by `missing`
+            return Text()
+        return Text(whole, int(whole * getattr(source, "heldout", 1.0)))
 
     def missing(self, binding: Binding) -> Sequence[Diagnostic]:
         try:

@@ -46,6 +46,13 @@ class Target(BaseModel):
     base_bytes: int = Field(
         default=0, ge=0, description="resident memory of an idle process that has imported torch"
     )
+    tokenize: float = Field(
+        default=2e6, gt=0, description="bytes of text a second, cut into tokens and packed"
+    )
+    consumer: float = Field(
+        default=6.0, ge=0, description="seconds until a new process has imported transformers too"
+    )
+    start: float = Field(default=3.0, ge=0, description="seconds until a new process has imported torch")
     calibrated: bool = False
 
     def rate(self, dtype: str, width: int, training: bool = False) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from effc.compiler.contract import HEALED, Contract, Fact
 from effc.compiler.cost import count
+from effc.compiler.effort import STREAMED
 from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
@@ -90,4 +91,6 @@ class Depth(Observe):
     def work(self, model: Model, seq: int = 0) -> Work:
         width = int(getattr(model.module("embedding"), "width", 0))
         tokens = self.samples * seq
-        return Work(flops=float(tokens * count(model, seq // 2).flops_per_token), memory=8 * tokens * width)
+        cosines = 160.0 * tokens * width * model.layers  # twenty passes over float64 numbers
+        flops = float(tokens * count(model, seq // 2).flops_per_token)
+        return Work(flops, traffic=cosines, memory=32 * STREAMED * width)

@@ -109,15 +109,15 @@ class GPTQ(Uniform, Calibrate):
     def work(self, model: Model, seq: int = 0) -> Work:
         tokens = self.samples * seq
         flops = 2.0 * tokens * count(model, seq // 2).flops_per_token
-        solving, largest, nbytes = 0.0, 0, 0
+        squares, solving, largest, nbytes = 0.0, 0.0, 0, 0
         for path in self.targets(model):
             w = matrix(model.module(path))
             rows, inputs = w.shape
-            flops += 2.0 * tokens * inputs**2
+            squares += 2.0 * tokens * inputs**2  # X X^T, in float32
             solving += 2.0 * rows * inputs**2 + inputs**3
             largest = max(largest, 4 * (4 * inputs**2 + 4 * rows * inputs))
             nbytes += w.numel() * w.element_size()
-        return Work(flops, solving, 2 * nbytes, largest)
+        return Work(flops, solving, exact=squares, disk=2 * nbytes, memory=largest)
 
 
 def _awaited(rw: Rewriter, path: str, targets: Mapping[str, GPTQ], paths: Sequence[str]) -> bool:

@@ -175,8 +175,8 @@ class LowRank(Selects, Calibrate):
             return Work(solve=solving, memory=6 * largest)
         tokens = self.samples * seq
         flops = 2.0 * tokens * count(model, seq // 2).flops_per_token
-        flops += sum(2.0 * tokens * inputs**2 for _, inputs in shapes)
-        return Work(flops, solving, memory=8 * largest)
+        squares = sum(2.0 * tokens * inputs**2 for _, inputs in shapes)
+        return Work(flops, solving, exact=squares, memory=8 * largest)
 
 
 def factors(w: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Tensor, float]:

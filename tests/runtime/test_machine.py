@@ -24,10 +24,13 @@ def test_a_calibrated_machine_is_found_again(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(machine, "_GEMM", 64)
     monkeypatch.setattr(machine, "_SOLVED", 16)
     monkeypatch.setattr(throughput, "BATCH", 1)
+    monkeypatch.setattr(throughput, "FORWARD", 1)
     monkeypatch.setattr(throughput, "LENGTH", 4)
     monkeypatch.setattr(machine, "_COPY_BYTES", 1 << 16)
     monkeypatch.setattr(machine, "_FILE_BYTES", 1 << 16)
     monkeypatch.setattr(machine, "_idle_bytes", lambda: 300_000_000)
+    monkeypatch.setattr(machine, "_tokenize_rate", lambda: 2e6)
+    monkeypatch.setattr(machine, "_start_seconds", lambda module: 1.0)
     measured = machine.calibrate()
     assert measured.calibrated
     assert machine.this_machine() == measured

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from effc.compiler.around import Text
 from effc.runtime.cli import main
 
 HERE = Path(__file__).parents[1] / "golden" / "plans"
@@ -27,6 +28,7 @@ def test_golden_plans(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr("effc.runtime.machine.disk_free", lambda folder: 50 * 10**9)
+    monkeypatch.setattr("effc.runtime.sources.Files.text", lambda *_: Text(10_000_000, 400_000))
     assert main(["plan", str(recipe), "--target", "cpu-2core", "--store", "no-such-store"]) == 0
     said = capsys.readouterr().out
     golden = recipe.with_suffix(".plan")

@@ -96,6 +96,15 @@ def test_plan_and_run_are_compared_with_the_stated_limits(record: dict[str, Any]
     assert rows["small"]["peak"]["ok"] is True
 
 
+def test_what_is_done_beside_the_stages_is_compared_too(record: dict[str, Any]) -> None:
+    seconds = {"planned": 4.0, "measured": 9.0}
+    record["predictions"] = [{"name": "expect: 2 judged", "cached": False, "seconds": seconds}]
+    row = next(row for row in view(record)["predictions"] if row["stage"] == "expect: 2 judged")
+    assert row["seconds"]["ok"] is False
+    assert row["seconds"]["text"] == "4 s → 9 s"
+    assert "expect: 2 judged" in page(record)
+
+
 def test_the_page_loads_nothing_and_escapes_what_it_prints(record: dict[str, Any]) -> None:
     text = page(record)
     assert "Smaller &lt;at&gt;" in text
