@@ -230,7 +230,7 @@ VERBS = {
     "show": Verb("print a recipe or a model, a line a node", _RESULT, _show),
     "diff": Verb("compare two recipes or two models", _RESULT, _diff),
     "explain": Verb("say what a code, a method or a stage of an artefact is about", _RESULT, _explain),
-    "verify": Verb("check that an artefact is what its lock says", _RESULT, _verify),
+    "verify": Verb("check that an artefact or export is what was written", _RESULT, _verify),
     "methods": Verb("list methods and parts", _LANGUAGE, _methods),
     "fmt": Verb("print a recipe in canonical form, as text or YAML", _LANGUAGE, _fmt),
     "schema": Verb("print the JSON schema of recipes, for editors", _LANGUAGE, _schema),
