@@ -27,8 +27,8 @@ TRAINING, LAYERS, EXPORTS = "heal", "small", ("hf of heal", "artifact of small")
 KILLS = 30
 SHARES = {TRAINING: 0.9, LAYERS: 0.7, **dict.fromkeys(EXPORTS, 0.25)}
 """Phase -> how often a run that comes to it is killed in it, else one in two; every run exports again."""
-LONGEST = 20.0
-"""Seconds into a phase at which a kill comes at the latest."""
+DEPTH = {TRAINING: 0.3}
+"""Phase -> the share of its usual time within which a kill comes, else all of it: a long one gets several."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Run:
                 if event["event"] == "start":
                     self.phase, begun = event["name"], time.monotonic()
                     if dice and usual and timer is None and dice.random() < SHARES.get(self.phase, 0.5):
-                        moment = dice.uniform(0, min(LONGEST, usual.get(self.phase, 1.0)))
+                        moment = dice.uniform(0, DEPTH.get(self.phase, 1.0) * usual.get(self.phase, 1.0))
                         timer = threading.Timer(moment, process.kill)
                         timer.start()
                 elif event["event"] == "progress":
