@@ -1,4 +1,4 @@
-"""What does not fit into memory or onto the disk, and the smallest change of an argument that makes it fit."""
+"""What does not fit into memory or onto the disk, and the smallest change of an argument that helps."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """This machine as a target: measured by `effc bench --calibrate`, else estimated from what the system says.
 
 The measured description lies in the user's cache, under the host's processor, so that a shared home directory
-serves unlike machines. Rates are lower quartiles of short runs: matrix products, a copy larger than the caches, a
-file that is written and synced, and small additions for the price of starting one operation.
+serves unlike machines. Rates are lower quartiles of short runs: matrix products, a copy larger than the
+caches, a file that is written and synced, and small additions for the price of starting one operation.
 """
 
 from __future__ import annotations
