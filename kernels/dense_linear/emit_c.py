@@ -9,50 +9,27 @@ from __future__ import annotations
 from functools import cache
 
 from effc.kernels.cpu.entry import self_contained
+from effc.kernels.cpu.parts import PARTS
 from effc.kernels.cpu.stored import STORED, Stored
 from effc.kernels.dense_linear.spec import BLOCK, DenseLinearSpec
 from effc.kernels.epilogue import EPILOGUES, operands
 
-TILES = r"""
+TILES = (
+    PARTS
+    + r"""
 #ifndef TILES
 #define TILES
-/* a part: what one register holds; rows of x, and of W for each of them, that the registers hold sums for */
+/* rows of x, and rows of W for each of them, that the registers hold sums for */
 #if defined(__AVX512F__)
-enum { LANES = 16 };
 #define MOST_ROWS 6
 #define ROWS_OF_W(R) ((R) <= 3 ? 8 : 4)
 #elif defined(__AVX2__)
-enum { LANES = 8 };
 #define MOST_ROWS 3
 #define ROWS_OF_W(R) ((R) <= 1 ? 4 : 2)
 #else
-enum { LANES = 4 };
 #define MOST_ROWS 2
 #define ROWS_OF_W(R) ((R) <= 1 ? 2 : 1)
 #endif
-enum { PARTS = 16 / LANES };
-#define UNROLL _Pragma("GCC unroll 16")
-typedef float    part        __attribute__((vector_size(4 * LANES)));
-typedef uint16_t part_of_u16 __attribute__((vector_size(2 * LANES)));
-typedef uint32_t part_of_u32 __attribute__((vector_size(4 * LANES)));
-INLINE part part_float32(const float *p) { part v; memcpy(&v, p, sizeof v); return v; }
-INLINE part part_bfloat16(const uint16_t *p) {
-  part_of_u16 v; memcpy(&v, p, sizeof v);
-  return (part)(__builtin_convertvector(v, part_of_u32) << 16);
-}
-INLINE part part_float16(const uint16_t *p) {
-#if defined(__AVX512F__)
-  return load_f16(p);
-#elif defined(__F16C__)
-  return (part)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-#else
-  uint16_t v[16] = {0}; memcpy(v, p, 2 * LANES);
-  f32x16 wide = load_f16(v);
-  part out; memcpy(&out, &wide, sizeof out);
-  return out;
-#endif
-}
-
 typedef float f32x8 __attribute__((vector_size(32)));
 #if defined(__clang__)
 #define MIX(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -85,6 +62,7 @@ INLINE f32x16 sums_of(const float s[16][16]) {
 }
 #endif
 """
+)
 
 
 def _sums(kind: Stored) -> str:
