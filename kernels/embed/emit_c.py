@@ -57,26 +57,36 @@ def _unpack(key: str, spec: QuantLinearSpec) -> str:
     width = f"{spec.group}L" if spec.group else "D"
     zero = str(spec.mid) if spec.symmetric else f"p[{2 * BLOCK} + c]"
     scale = "load_f16" if spec.scale == "float16" else "load_bf16"
-    vectors = 3 if spec.bits == 3 else 1
+    vectors, lanes = (3, 16) if spec.bits == 3 else (1, spec.columns)
+    low = 2 if spec.bits == 3 else spec.bits
+    # the code of column t of a step: byte t % 4 of the word, plane t / 4
+    shifts = ", ".join(str((8 * (t % 4) + low * (t // 4)) % 32) for t in range(16))
+    lines = [
+        "u32x16 code = ((u32x16){0} + word[i]) >> shifts & " + f"{(1 << low) - 1}u;",
+        "f32x16 v = (to_float((i32x16)code) - zero) * scale;",
+        f"memcpy(y + 16 * i, &v, {4 * lanes});",
+    ]
     if spec.bits == 3:
-        code = "(low[t / 16][t & 3] >> (2 * ((t / 4) & 3)) & 3) | (low[2][t & 3] >> (t / 4) & 1) << 2"
-    else:
-        code = f"low[0][t & 3] >> ({spec.bits} * (t / 4)) & {(1 << spec.bits) - 1}"
+        high = ", ".join(str(8 * (t % 4) + t // 4) for t in range(16))
+        lines.insert(1, f"code |= (((u32x16){{0}} + word[2]) >> ((u32x16){{{high}}} + 4u * i) & 1u) << 2;")
+    body = "\n".join(f"        {line}" for line in lines)
     return f"""
 static void unpack_{key}(const uint8_t *RESTRICT w, long row, float *RESTRICT y, long D) {{
   const long width = {width}, groups = D / width, size = {start}L + width * {BLOCK * spec.bits // 8};
+  const u32x16 shifts = {{{shifts}}};
   const long c = row % {BLOCK};
   const uint8_t *p = w + row / {BLOCK} * groups * size;
   for (long g = 0; g < groups; g++, p += size) {{
     uint16_t stored[16] = {{0}};
     memcpy(stored, p + 2 * c, 2);
-    const float scale = {scale}(stored)[0];
-    const int zero = {zero};
+    const float scale = {scale}(stored)[0], zero = {zero};
     const uint8_t *codes = p + {start} + {64 * vectors} * (c / 16) + 4 * (c % 16);
     for (long s = 0; s < width; s += {spec.columns}, codes += {4 * 64 * vectors}, y += {spec.columns}) {{
-      uint8_t low[{vectors}][4];
-      for (int i = 0; i < {vectors}; i++) memcpy(low[i], codes + 64 * i, 4);
-      for (int t = 0; t < {spec.columns}; t++) y[t] = (float)((int)({code}) - zero) * scale;
+      uint32_t word[{vectors}];
+      for (int i = 0; i < {vectors}; i++) memcpy(word + i, codes + 64 * i, 4);
+      for (uint32_t i = 0; i < {spec.columns // lanes}; i++) {{
+{body}
+      }}
     }}
   }}
 }}

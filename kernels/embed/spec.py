@@ -19,7 +19,7 @@ class EmbedSpec(KernelSpec, frozen=True):
     """
 
     op: ClassVar[str] = "embed"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     table: Stored | None = "float32"
     packed: QuantLinearSpec | None = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Literal
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -65,6 +68,28 @@ def test_whole_numbers_give_exact_sums() -> None:
         assert torch.equal(
             dense_linear(SPECS[0], isa, x, w, None, {}, 2), (x.double() @ w.double().T).float()
         )
+
+
+@pytest.mark.claim
+@pytest.mark.parametrize("weight", ["float32", "bfloat16"])
+def test_one_row_takes_no_longer_than_torch(weight: Literal["float32", "bfloat16"]) -> None:
+    """One thread, 24 matrices in turn, the least processor time of 60 calls; both are bound by memory."""
+    spec, isa, n = DenseLinearSpec(weight=weight), available()[0], 2048
+    matrices = [torch.randn(n, n).to(DTYPES[weight]) for _ in range(24)]
+    x = torch.randn(1, n)
+    put = x.to(DTYPES[weight])
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    ours, theirs = [], []
+    for i in range(60):
+        start = time.thread_time()
+        dense_linear(spec, isa, x, matrices[i % 24], None, {}, 1)
+        middle = time.thread_time()
+        torch.nn.functional.linear(put, matrices[(i + 12) % 24])
+        ours.append(middle - start)
+        theirs.append(time.thread_time() - middle)
+    torch.set_num_threads(before)
+    assert min(theirs) / min(ours) > 0.9
 
 
 def test_what_cannot_be_is_refused_in_words() -> None:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from effc.compiler.blocks.norm import Norm
+from effc.kernels.cpu.entry import launch
 from effc.kernels.cpu.isa import available
 from effc.kernels.norm.call import norm
+from effc.kernels.norm.emit_c import emit
 from effc.kernels.norm.reference import reference
 from effc.kernels.norm.spec import NormSpec
 
@@ -58,6 +60,14 @@ def test_a_row_does_not_depend_on_the_others() -> None:
         together = norm(spec, isa, x, gain, bias, 2)
         assert torch.equal(alone[[0, 2, 4]], together[[0, 2, 4]])
         assert bool(together[1].isnan().all())
+
+
+def test_a_row_may_be_normalized_where_it_lies() -> None:
+    for spec in SPECS:
+        x, gain, bias = inputs(4, 70)
+        due = norm(spec, available()[0], x, gain, bias, 1)
+        launch(emit(spec), spec.op, available()[0], 2, x, gain, bias, x, 4, 70)
+        assert torch.equal(x, due)
 
 
 def test_constant_and_zero_rows_are_finite() -> None:
