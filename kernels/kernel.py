@@ -6,17 +6,15 @@ import hashlib
 import json
 from typing import ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 
-class KernelSpec(BaseModel, frozen=True):
+class KernelSpec(BaseModel, frozen=True, extra="forbid", validate_default=True):
     """What an emitter is given. Two equal specs give equal text; a spec names no pointer and no device.
 
     What changes the order of a sum (splits of K, tiles of K) is a field; what is proved bit-equal (the number
     of threads, rows computed at once) is not.
     """
-
-    model_config = ConfigDict(extra="forbid", validate_default=True)
 
     op: ClassVar[str]
     version: ClassVar[int]

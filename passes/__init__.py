@@ -15,7 +15,7 @@ def kinds() -> list[str]:
     return sorted(
         f"{family.name}.{method.name}"
         for family in pkgutil.iter_modules(__path__)
-        if family.ispkg
+        if family.ispkg and family.name != "lower"  # no stage of a recipe: it chooses kernels
         for method in pkgutil.iter_modules([f"{path}/{family.name}" for path in __path__])
         if not method.name.startswith("_")
     )

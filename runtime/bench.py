@@ -13,7 +13,7 @@ from effc.compiler.cost import count
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.compiler.step import Cache
-from effc.runtime.generate import last_logits
+from effc.runtime.decoder import last_logits
 from effc.runtime.peak import high_water
 from effc.specs.units import fmt_bytes, fmt_count, fmt_seconds
 

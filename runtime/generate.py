@@ -16,7 +16,7 @@ from torch import Tensor
 from effc.compiler.blocks import Attention
 from effc.compiler.blocks.rope import changes
 from effc.compiler.model import Model
-from effc.compiler.step import Cache
+from effc.runtime.decoder import Kernels, decoder
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 
@@ -44,28 +44,31 @@ def generate(
     eos: Collection[int] = (),
     pad: int = 0,
     watch: Callable[[Tensor], None] | None = None,
+    kernels: Kernels = "auto",
 ) -> Tensor:
     """ids [B, T] and up to `max_new_tokens` more -> [B, T + n].
 
     A row that has drawn a token of `eos` is filled with `pad`; generation ends when every row has. Each row
     draws from a stream of its own, keyed by seed and row, so no row's sample depends on another's. `watch`
-    sees the new tokens [B] of every step.
+    sees the new tokens [B] of every step. `kernels`: torch, c, or auto, which is c for packed weights.
 
     Raises:
         EffcError: E630 for padding that is not on the left or an empty prompt, E631 when the sequence would
-            be longer than the model's table of positions, E632 for a setting out of range.
+            be longer than the model's table of positions, E632 for a setting out of range, E503 when
+            `kernels` is c and the model has no program.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     mask = _checked(model, ids, attention_mask, max_new_tokens, sampling)
     streams = [_stream(seed, row) for row in range(ids.shape[0])]
-    cache = Cache(ids.shape[1] + max_new_tokens)
+    longest = ids.shape[1] + max_new_tokens
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     stops = torch.tensor(sorted(eos), dtype=ids.dtype, device=ids.device)
     ropes = _ropes(model)
-    out, new = ids, ids
+    out, token = ids, None
     with torch.inference_mode():
+        engine = decoder(model, ids.shape[0], longest, kernels)
         for _ in range(max_new_tokens):
-            logits = last_logits(model, new, mask, cache)
+            logits = engine.prefill(out, mask) if token is None else engine.next(token)
             token = torch.where(ended, pad, choose(logits, sampling, streams))
             ended = ended | torch.isin(token, stops)
             out = torch.cat((out, token[:, None]), 1)
@@ -73,27 +76,12 @@ def generate(
                 watch(token)
             if bool(ended.all()):
                 break
-            new = token[:, None]
             lengths = _lengths(out[:, :-1], mask)
             if mask is not None:
                 mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
             if any(changes(rope, n) for rope in ropes for n in lengths):
-                new, cache = out, Cache(ids.shape[1] + max_new_tokens)
+                token, engine = None, decoder(model, ids.shape[0], longest, kernels)
     return out.clone()
-
-
-def last_logits(model: Model, ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
-    """Logits [B, V] behind the last of ids [B, T]; only that place goes through the head."""
-
-    def narrow(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][:, -1:], *args[1:])
-
-    handle = model.module("head").register_forward_pre_hook(narrow)
-    try:
-        logits: Tensor = model(ids, step=model.step(ids, mask, cache))
-    finally:
-        handle.remove()
-    return logits[:, -1]
 
 
 def choose(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> Tensor:

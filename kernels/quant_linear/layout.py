@@ -2,9 +2,9 @@
 
 For each block of 64 channels, for each group of g columns: 64 scales of 16 bits; 64 zero codes of 8 bits
 (when not symmetric); then for each step of `columns` columns, four vectors of 64 bytes, one for every 16
-channels. Byte 4 c + t of a vector holds, for channel c, the codes of columns t, t + 4, t + 8, ... of the step,
-the first in the lowest bits. With 3 bits a step has three vectors for every 16 channels: two hold the low two
-bits of columns 0-15 and 16-31, the third the high bits of all 32.
+channels. Byte 4 c + t of a vector holds, for channel c, the codes of columns t, t + 4, t + 8, ... of the
+step, the first in the lowest bits. With 3 bits a step has three vectors for every 16 channels: two hold the
+low two bits of columns 0-15 and 16-31, the third the high bits of all 32.
 """
 
 from __future__ import annotations

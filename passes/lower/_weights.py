@@ -1,0 +1,68 @@
+"""The tensors of a program: a model's weights laid out as the kernels read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effc.compiler.blocks.quant_linear import WHOLE
+from effc.compiler.model import Model
+from effc.kernels.quant_linear.layout import pack
+from effc.kernels.quant_linear.spec import QuantLinearSpec
+from effc.passes.lower._jobs import Matrix
+
+HALF = 32
+"""Rows of each of two matrices that lie together in a block."""
+
+Make = Callable[[], Tensor]
+
+
+def float32(model: Model, name: str) -> Make:
+    """A small tensor as float32: gains, biases."""
+    return lambda: model.tensors()[name].detach().float().contiguous()
+
+
+def stored(model: Model, name: str) -> Make:
+    """A tensor as the model holds it, not copied."""
+    return lambda: model.tensors()[name].detach().contiguous()
+
+
+def side_by_side(model: Model, names: Sequence[str]) -> Make:
+    """Several vectors as one, float32."""
+    return lambda: torch.cat([float32(model, name)() for name in names])
+
+
+def packed(model: Model, spec: QuantLinearSpec, matrices: Sequence[Matrix]) -> Make:
+    """The packed matrix of one unit, of several stacked, or of two in turns of 32 rows."""
+
+    def make() -> Tensor:
+        parts = [_codes(model, spec, matrix) for matrix in matrices]
+        join = _in_turns if spec.paired else torch.cat
+        codes, scales = (join([p[i] for p in parts]) for i in (0, 1))
+        zeros = None if spec.symmetric else join([p[2] for p in parts])
+        return pack(spec, codes, scales, zeros)
+
+    return make
+
+
+def _codes(model: Model, spec: QuantLinearSpec, matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
+    """codes [N, K] uint8, scales [N, G], zero codes [N, G] uint8 of one unit."""
+    unit: Any = model.module(matrix.unit)
+    q, scales, zeros = unit.unpack()
+    codes = (q.to(torch.int16) + spec.mid).to(torch.uint8)
+    groups = spec.groups(matrix.columns)
+    if unit.group == WHOLE:
+        scales = scales.expand(matrix.rows, groups)
+        zeros = None if zeros is None else zeros.expand(matrix.rows, groups)
+    zero = torch.zeros_like(scales, dtype=torch.int16) if zeros is None else zeros.to(torch.int16)
+    return codes, scales, (zero + spec.mid).to(torch.uint8)
+
+
+def _in_turns(parts: Sequence[Tensor]) -> Tensor:
+    """[N, *] twice -> 32 rows of the first, 32 of the second, and so on; filled up with zeros."""
+    fill = -parts[0].shape[0] % HALF
+    wide = [torch.nn.functional.pad(p, (0, 0, 0, fill)).view(-1, HALF, p.shape[1]) for p in parts]
+    return torch.stack(wide, 1).flatten(0, 2)

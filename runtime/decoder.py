@@ -1,0 +1,159 @@
+"""Decoder: a model's next-token logits, by its blocks in torch or by a program lowered for this processor.
+
+Shapes: B sequences, T tokens of prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from effc.compiler.blocks.quant_linear import Packed
+from effc.compiler.model import Model
+from effc.compiler.step import Cache
+from effc.kernels.cpu.build import compiler
+from effc.kernels.cpu.isa import Isa, available
+from effc.kernels.program.run import Program, Session
+from effc.passes.lower.decoder import Lowered, Unlowered, angles, compiled, lower
+from effc.specs.diagnostic import Diagnostic, EffcError
+
+Kernels = Literal["auto", "c", "torch"]
+ROWS = 512
+"""Tokens of prompts that one call of a program takes."""
+
+
+class Decoder(Protocol):
+    """Reads prompts once, then one token of each sequence at a time."""
+
+    def prefill(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        """ids [B, T] padded on the left where mask [B, T] is False -> logits [B, V] behind the last."""
+        ...
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """tokens [B] -> logits [B, V] behind them."""
+        ...
+
+
+class TorchDecoder:
+    """The model's blocks over a static cache."""
+
+    def __init__(self, model: Model, longest: int) -> None:
+        self.model, self.cache = model, Cache(longest)
+        self.mask: Tensor | None = None
+
+    def prefill(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        self.mask = mask
+        return last_logits(self.model, ids, mask, self.cache)
+
+    def next(self, tokens: Tensor) -> Tensor:
+        if self.mask is not None:
+            self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), 1)
+        return last_logits(self.model, tokens[:, None], self.mask, self.cache)
+
+
+class ProgramDecoder:
+    """A lowered program: rows are real tokens, so padding is never computed."""
+
+    def __init__(self, ready: Ready, batch: int, longest: int) -> None:
+        self.vocab = ready.lowered.plan.vocab
+        self.session = Session(ready.program, ready.attentions, batch, longest, max(batch, ROWS))
+        self.lengths = torch.zeros(batch, dtype=torch.long)
+        self.slots = torch.arange(batch)
+
+    def prefill(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        self.lengths = real.sum(1)
+        slots = self.slots[:, None].expand_as(ids)[real]
+        positions = (real.long().cumsum(1) - 1)[real]
+        tokens, last = ids[real], self.lengths.cumsum(0) - 1
+        logits = torch.empty(len(self.slots), self.vocab)
+        for start in range(0, len(tokens), ROWS):
+            end = min(start + ROWS, len(tokens))
+            here = (last >= start) & (last < end)
+            part = torch.empty(int(here.sum()), self.vocab)
+            token, slot, position = (t[start:end].contiguous() for t in (tokens, slots, positions))
+            self.session.step(token, slot, position, last[here] - start, part)
+            logits[here] = part
+        return logits
+
+    def next(self, tokens: Tensor) -> Tensor:
+        logits = torch.empty(len(self.slots), self.vocab)
+        self.session.step(tokens.contiguous(), self.slots, self.lengths, self.slots, logits)
+        self.lengths = self.lengths + 1
+        return logits
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A compiled program and what its sessions need."""
+
+    lowered: Lowered
+    program: Program
+    attentions: list[tuple[Any, Callable[[int], tuple[Tensor, Tensor]] | None]]
+
+
+def ready(model: Model, isa: Isa | None = None, threads: int | None = None) -> Ready:
+    """The model's program, compiled; made once for a model, a set of instructions and a number of threads.
+
+    Raises:
+        Unlowered: in words, why the model runs in torch.
+        EffcError: E502 when the compiler refuses the text.
+    """
+    chosen, members = isa or available()[0], threads or torch.get_num_threads()
+    held: dict[Any, Ready] = model.__dict__.setdefault("_programs", {})
+    if (chosen, members) not in held:
+        if compiler() is None:
+            raise Unlowered("there is no C compiler on this machine")
+        if any(t.device.type not in ("cpu", "meta") for t in model.tensors().values()):
+            raise Unlowered("the model's weights are not in this machine's memory")
+        lowered = lower(model)
+        turns: dict[str, Any] = {}
+        attentions = []
+        for spec, rope in lowered.attentions:
+            if rope is not None and str(rope) not in turns:
+                turns[str(rope)] = angles(rope, spec.head_dim)
+            attentions.append((spec, turns[str(rope)] if rope is not None else None))
+        model.materialize()
+        held[chosen, members] = Ready(lowered, compiled(lowered, chosen, members), attentions)
+    return held[chosen, members]
+
+
+def decoder(
+    model: Model, batch: int, longest: int, kernels: Kernels = "auto", isa: Isa | None = None
+) -> Decoder:
+    """What generates with `model`. auto: a program where weights are packed and the model can be lowered.
+
+    Raises:
+        EffcError: E503 when `kernels` is c and the model has no program.
+    """
+    packed = any(isinstance(unit, Packed) for _, unit in model.units())
+    if kernels == "torch" or (kernels == "auto" and not packed):
+        return TorchDecoder(model, longest)
+    try:
+        return ProgramDecoder(ready(model, isa), batch, longest)
+    except Unlowered as reason:
+        if kernels == "c":
+            help = "leave out `--kernels c`: the model runs in torch"
+            note = str(reason)
+            raise EffcError(
+                Diagnostic("E503", "the model has no C program", notes=(note,), help=help)
+            ) from None
+        return TorchDecoder(model, longest)
+
+
+def last_logits(model: Model, ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
+    """Logits [B, V] behind the last of ids [B, T]; only that place goes through the head."""
+
+    def narrow(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][:, -1:], *args[1:])
+
+    handle = model.module("head").register_forward_pre_hook(narrow)
+    try:
+        logits: Tensor = model(ids, step=model.step(ids, mask, cache))
+    finally:
+        handle.remove()
+    return logits[:, -1]
