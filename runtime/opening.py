@@ -17,8 +17,8 @@ from effc.compiler.placed import placed as placed_in
 from effc.runtime import tiny as small
 from effc.runtime.bind import spec_of
 from effc.runtime.clock import Clock
-from effc.runtime.load import open_model
 from effc.runtime.fingerprints import hash_of
+from effc.runtime.load import open_model
 from effc.runtime.objects import identity_of
 from effc.runtime.remembered import Remembered
 from effc.runtime.store import Store, content_of
