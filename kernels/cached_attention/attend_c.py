@@ -5,44 +5,60 @@ from __future__ import annotations
 from string import Template
 
 ATTEND = Template(r"""
+/* tiles: query rows, 16s of keys that they are scored against, 16s of values that they weigh; a sum takes its
+   products one by one, so its bits are the same in any tile */
+#undef TILES_OF_ROWS
+#if defined(__AVX512F__)
+#define TILES_OF_ROWS(EACH) EACH(8, 2, 2) EACH(4, 2, 4) EACH(1, 4, 8)
+#elif defined(__AVX2__)
+#define TILES_OF_ROWS(EACH) EACH(4, 1, 1) EACH(1, 4, 4)
+#else
+#define TILES_OF_ROWS(EACH) EACH(2, 1, 1) EACH(1, 2, 2)
+#endif
+
 /* p [P, $step] = q [P, $h] times 16 B keys */
 INLINE void score_$key(const int P, const int B, const float *RESTRICT q, const $cell *RESTRICT k,
                        float *RESTRICT p) {
-  f32x16 a[P][B];
-  for (int i = 0; i < P; i++) for (int b = 0; b < B; b++) a[i][b] = all(0.0f);
-  for (long d = 0; d < $h; d++) {
-    f32x16 w[B];
-    for (int b = 0; b < B; b++) w[b] = $load(k + (b * $h + d) * 16);
-    for (int i = 0; i < P; i++) for (int b = 0; b < B; b++) a[i][b] += w[b] * q[i * $h + d];
-  }
-  for (int i = 0; i < P; i++) for (int b = 0; b < B; b++) store(p + i * $step + 16 * b, a[i][b]);
+  part a[8][4][PARTS];
+  UNROLL for (int i = 0; i < P; i++)
+    UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++) a[i][b][l] = (part){0};
+  for (long d = 0; d < $h; d++)
+    UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++) {
+      const part w = $load(k + (b * $h + d) * 16 + l * LANES);
+      UNROLL for (int i = 0; i < P; i++) a[i][b][l] += w * q[i * $h + d];
+    }
+  UNROLL for (int i = 0; i < P; i++)
+    UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++)
+      memcpy(p + i * $step + 16 * b + l * LANES, &a[i][b][l], sizeof(part));
 }
 
 /* y [P, 16 V of $padded] += p [P, $step] times `count` values */
 INLINE void weigh_$key(const int P, const int V, const float *RESTRICT p, const $cell *RESTRICT v, long count,
                        float *RESTRICT y) {
-  f32x16 a[P][V];
-  for (int i = 0; i < P; i++) for (int x = 0; x < V; x++) a[i][x] = load(y + i * $padded + 16 * x);
-  for (long n = 0; n < count; n++) {
-    f32x16 w[V];
-    for (int x = 0; x < V; x++) w[x] = $load(v + n * $padded + 16 * x);
-    for (int i = 0; i < P; i++) for (int x = 0; x < V; x++) a[i][x] += w[x] * p[i * $step + n];
-  }
-  for (int i = 0; i < P; i++) for (int x = 0; x < V; x++) store(y + i * $padded + 16 * x, a[i][x]);
+  part a[8][8][PARTS];
+  UNROLL for (int i = 0; i < P; i++)
+    UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++)
+      a[i][x][l] = part_float32(y + i * $padded + 16 * x + l * LANES);
+  for (long n = 0; n < count; n++)
+    UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++) {
+      const part w = $load(v + n * $padded + 16 * x + l * LANES);
+      UNROLL for (int i = 0; i < P; i++) a[i][x][l] += w * p[i * $step + n];
+    }
+  UNROLL for (int i = 0; i < P; i++)
+    UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++)
+      memcpy(y + i * $padded + 16 * x + l * LANES, &a[i][x][l], sizeof(part));
 }
 
 /* rows 0 to P of q against the keys from..to of one step, in whole vectors */
 static void scores_$key(long P, const float *RESTRICT q, const $cell *RESTRICT k, long from, long to,
                         float *RESTRICT p) {
   long i = 0;
-  const long low = from / 32 * 32, high = to;
-#if defined(__AVX512F__)
-  for (; i + 8 <= P; i += 8)
-    for (long n = low; n < high; n += 32) score_$key(8, 2, q + i * $h, k + n * $h, p + i * $step + n);
-#endif
-  for (; i + 4 <= P; i += 4)
-    for (long n = low; n < high; n += 32) score_$key(4, 2, q + i * $h, k + n * $h, p + i * $step + n);
-  for (; i < P; i++) score_$key(1, 4, q + i * $h, k, p + i * $step);
+#define EACH(ROWS, B, V) \
+  for (; i + ROWS <= P; i += ROWS) \
+    for (long n = from / (16 * B) * (16 * B); n < to; n += 16 * B) \
+      score_$key(ROWS, B, q + i * $h, k + n * $h, p + i * $step + n);
+  TILES_OF_ROWS(EACH)
+#undef EACH
 }
 
 /* rows 0 to P of y take the values from..to of one step */
@@ -52,64 +68,83 @@ static void sums_$key(long P, const float *RESTRICT p, const $cell *RESTRICT v, 
   long i = 0;
   p += from;
   v += from * $padded;
-#define EACH(P, V) \
+#define SOME(ROWS, V) \
   for (; x + V <= $vectors; x += V) \
-    weigh_$key(P, V, p + i * $step, v + 16 * x, to - from, y + i * $padded + 16 * x);
-#if defined(__AVX512F__)
-  for (; i + 8 <= P; i += 8) { long x = 0; EACH(8, 2) EACH(8, 1) }
-#endif
-  for (; i + 4 <= P; i += 4) { long x = 0; EACH(4, 4) EACH(4, 1) }
-  for (; i < P; i++) { long x = 0; EACH(1, 8) EACH(1, 4) EACH(1, 1) }
+    weigh_$key(ROWS, V, p + i * $step, v + 16 * x, to - from, y + i * $padded + 16 * x);
+#define EACH(ROWS, B, V) \
+  for (; i + ROWS <= P; i += ROWS) { long x = 0; SOME(ROWS, V) if (V > 4) SOME(ROWS, 4) SOME(ROWS, 1) }
+  TILES_OF_ROWS(EACH)
 #undef EACH
+#undef SOME
 }
 
-INLINE int some_$key(i32x16 mask) {
-#if defined(__AVX512DQ__)
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
+INLINE float most_of_$key(f32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
 #else
-  uint64_t w[8]; memcpy(w, &mask, sizeof mask);
-  return (w[0] | w[1] | w[2] | w[3] | w[4] | w[5] | w[6] | w[7]) != 0;
+  float s[16];
+  memcpy(s, &v, sizeof v);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; i++) s[i] = s[i] > s[i + width] ? s[i] : s[i + width];
+  return s[0];
 #endif
 }
 
-/* scores from..to of one step become weights e^(score - most), the others 0; when the largest score rises,
-   what was summed before shrinks */
-static void soften_$key(float *RESTRICT p, long from, long to, float *RESTRICT most, f32x16 *RESTRICT total,
-                        float *RESTRICT y) {
+/* e^v for v below 20, 0 below -87.7: shorter than `exponential`, with the same polynomial */
+INLINE f32x16 weight_$key(f32x16 v) {
+  const f32x16 x = choose(v < -100.0f, all(-100.0f), v), t = x * 1.44269504088896341f + 12582912.0f;
+  const f32x16 n = t - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  const i32x16 e = (i32x16)t - 0x4b400000;   /* 12582912 = 1.5 * 2^23 leaves n in the last bits of t */
+  f32x16 p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * (f32x16)(((e + 127) << 23) & (e > -127));
+}
+
+/* scores from..to of one step become weights e^(score - base), the others 0. The base is the largest score of
+   the first step; it follows later ones when they pass it by 16, so that no weight passes 2^24 */
+INLINE void soften_$key(float *RESTRICT p, const int whole, long from, long to, float *RESTRICT base,
+                        f32x16 *RESTRICT total, float *RESTRICT sum) {
   const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const f32x16 least = all(-INFINITY);
-  f32x16 s[$step / 16], top = least;
-  for (int b = 0; b < $step / 16; b++) {
+  f32x16 s[$step / 16], top = all(-INFINITY);
+  UNROLL for (int b = 0; b < $step / 16; b++) {
     f32x16 a = load(p + 16 * b);
     $cap
     const i32x16 n = lanes + 16 * b;
-    if (from > 0 || to < $step) a = choose((n >= (int)from) & (n < (int)to), a, least);
-    top = choose((a > top) | (a != a), a, top);
-    s[b] = a;
+    s[b] = whole ? a : choose((n >= (int)from) & (n < (int)to), a, all(-INFINITY));
+    top = larger(s[b], top);   /* passes over what is not a number; its weight will not be one */
   }
-  if (some_$key((top > *most) | (top != top))) {
-    const float before = *most, now = largest_of(top);
-    const float shrink = exponential(all(before - now))[0];
-    *most = now;
-    *total *= shrink;
-    for (long d = 0; d < $padded; d += 16) store(y + d, load(y + d) * shrink);
+  const float most = most_of_$key(top), before = *base;
+  if (most > before + 16) {
+    *base = most;
+    if (before > -INFINITY) {
+      const float shrink = exponential(all(before - most))[0];
+      *total *= shrink;
+      for (long d = 0; d < $padded; d += 16) store(sum + d, load(sum + d) * shrink);
+    }
   }
-  const float base = *most == -INFINITY ? 0 : *most;
-  for (int b = 0; b < $step / 16; b++) {
-    const f32x16 e = exponential(s[b] - base);
-    *total += e;
+  const float less = *base == -INFINITY ? 0 : *base;
+  f32x16 sum_of_all = *total;
+  UNROLL for (int b = 0; b < $step / 16; b++) {
+    const f32x16 e = weight_$key(s[b] - less);
+    sum_of_all += e;
     store(p + 16 * b, e);
   }
+  *total = sum_of_all;
 }
 
 /* $group queries of each of n tokens, at `position` and after it, of one sequence; y is the first one's */
 static void together_$key(const float *RESTRICT q, const $cell *RESTRICT keys, const $cell *RESTRICT values,
                           long S, long position, long n, float *RESTRICT y) {
-  float p[$rows * $step], sum[$rows * $padded], most[$rows];
+  float p[$rows * $step], sum[$rows * $padded], base_of[$rows];
   f32x16 total[$rows];
   const long P = n * $group, end = position + n;
   const long start = $window && position >= $window ? position - $window + 1 : 0;
-  for (long i = 0; i < P; i++) { most[i] = -INFINITY; total[i] = all(0.0f); }
+  for (long i = 0; i < P; i++) { base_of[i] = -INFINITY; total[i] = all(0.0f); }
   memset(sum, 0, sizeof(float) * P * $padded);
   for (long base = start / $step * $step; base < end; base += $step) {
     const $cell *k = keys + $chunk * $h, *v = values + $chunk * $padded;
@@ -120,9 +155,12 @@ static void together_$key(const float *RESTRICT q, const $cell *RESTRICT keys, c
       to[t] = above < $step ? above : $step;
     }
     scores_$key(P, q, k, from[0], to[n - 1], p);
-    for (long i = 0; i < P; i++)
-      if (from[i / $group] < to[i / $group])
-        soften_$key(p + i * $step, from[i / $group], to[i / $group], most + i, total + i, sum + i * $padded);
+    for (long t = 0; t < n; t++)
+      for (long i = t * $group; i < (t + 1) * $group; i++)
+        if (from[t] == 0 && to[t] == $step)
+          soften_$key(p + i * $step, 1, 0, $step, base_of + i, total + i, sum + i * $padded);
+        else if (from[t] < to[t])
+          soften_$key(p + i * $step, 0, from[t], to[t], base_of + i, total + i, sum + i * $padded);
     /* keys that all tokens see are summed together, those before and after for each token */
     const long low = from[n - 1], high = to[0] > low ? to[0] : low;
 #define ALONE(first, last) \

@@ -1,11 +1,8 @@
-"""Run the C kernel of cached_attention on torch tensors, through ctypes."""
+"""Run the C kernel of cached_attention on torch tensors."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Mapping
-from functools import cache as remembered
-from typing import cast
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,31 +10,8 @@ from torch import Tensor
 from effc.kernels.cached_attention.emit_c import emit
 from effc.kernels.cached_attention.layout import Cache
 from effc.kernels.cached_attention.spec import CachedAttentionSpec
-from effc.kernels.cpu.build import build, load
+from effc.kernels.cpu.entry import launch
 from effc.kernels.cpu.isa import Isa
-from effc.kernels.quant_linear.call import team
-
-_POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
-
-
-class _Arguments(ctypes.Structure):
-    """`struct arguments` of the emitted file, field by field."""
-
-    _fields_ = (
-        ("team", _POINTER),
-        *((name, _LONG) for name in ("members", "M", "S", "q_stride", "k_stride", "v_stride")),
-        *((name, _POINTER) for name in ("q", "k", "v", "slot", "position", "turn")),
-        *((name, _POINTER) for name in ("cosines", "sines", "q_gain", "k_gain")),
-        *((name, _POINTER) for name in ("keys", "values", "queries", "y")),
-    )
-
-
-@remembered
-def compiled(spec: CachedAttentionSpec, isa: Isa) -> Callable[..., None]:
-    """The entry of the kernel, compiled for one instruction set."""
-    entry = load(build(emit(spec), isa)).cached_attention
-    entry.restype = None
-    return cast(Callable[..., None], entry)
 
 
 def cached_attention(
@@ -64,13 +38,11 @@ def cached_attention(
     _inside(spec, slot, position, turn, cache, given)
     y = torch.empty(m, spec.heads * spec.head_dim)
     queries = torch.empty_like(y)
-    more = [given[n].data_ptr() if n in given else 0 for n in ("cosines", "sines", "q_gain", "k_gain")]
-    arguments = _Arguments(
-        team(isa), threads, m, keys, q.stride(0), k.stride(0), v.stride(0), q.data_ptr(), k.data_ptr(),
-        v.data_ptr(), slot.data_ptr(), position.data_ptr(), turn.data_ptr(), *more, cache.keys.data_ptr(),
-        cache.values.data_ptr(), queries.data_ptr(), y.data_ptr(),
+    rows, more = (q, k, v), (given.get(name) for name in ("cosines", "sines", "q_gain", "k_gain"))
+    launch(
+        emit(spec), spec.op, isa, threads, *(t.data_ptr() for t in rows), slot, position, turn, *more,
+        *cache, queries, y, *(t.stride(0) for t in rows), m, keys,
     )  # fmt: skip
-    compiled(spec, isa)(ctypes.byref(arguments))
     return y
 
 

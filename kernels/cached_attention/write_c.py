@@ -30,7 +30,8 @@ INLINE void head_$key(const float *RESTRICT x, const float *RESTRICT gain, const
   if (scale != 1) for (long d = 0; d < $h; d++) y[d] *= scale;
 }
 
-/* rows q [M, H h], k and v [M, Hk h] at their strides; slot, position and the row of the tables, turn [M];
+/* items in order of 16 rows, kv head, row: the keys of 16 rows share cache lines.
+   Rows q [M, H h], k and v [M, Hk h] at their strides; slot, position and the row of the tables, turn [M];
    cosines and sines [*, r / 2], gains [h], none of which is read when the spec does not ask for it
    -> keys [slots, Hk, S / 16, h, 16], values [slots, Hk, S, h'], queries [Hk, M, G, h] */
 static void write_cache_$key(
@@ -42,8 +43,9 @@ static void write_cache_$key(
     $cell *RESTRICT keys, $cell *RESTRICT values, float *RESTRICT queries,
     long M, long S, long first, long last) {
   for (long item = first; item < last; item++) {
-    const long m = item / $kv_heads, j = item % $kv_heads, head = slot[m] * $kv_heads + j;
-    const long at = $at;
+    const long unit = item / (16 * $kv_heads) * 16, size = M - unit < 16 ? M - unit : 16;
+    const long j = (item - unit * $kv_heads) / size, m = unit + (item - unit * $kv_heads) % size;
+    const long head = slot[m] * $kv_heads + j, at = $at;
     const float *c = $half ? cosines + turn[m] * $half : 0, *s = $half ? sines + turn[m] * $half : 0;
     for (long g = 0; g < $group; g++)
       head_$key(q + m * q_stride + (j * $group + g) * $h, q_gain, c, s, $scale,
