@@ -1,0 +1,161 @@
+"""Check Triton kernels on a machine without a GPU: values, bounds, races, and what compiles for Hopper.
+
+    python -m effc.kernels.gpu.check interpret < jobs.json
+    python -m effc.kernels.gpu.check compile < jobs.json
+
+A job is {"op": "quant_linear.gpu", "spec": {...}, "text": null or text to check in place of what is emitted};
+the answer is a list in the order of the jobs. One process interprets or compiles, never both.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from effc.kernels.gpu.load import load
+from effc.kernels.kernel import KernelSpec
+
+Mode = Literal["interpret", "compile"]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One call of `launch`, and what it is to give."""
+
+    label: str
+    given: Mapping[str, Any]
+    """Arguments of `launch`, its results left out."""
+    due: Callable[[], Mapping[str, Tensor]]
+    """Results by the name of their argument, in higher precision."""
+    tolerance: float
+    """of the largest magnitude that is due, for results in float32"""
+    weights: int = 0
+    """Weights that one turn of the loop takes; 0 when instructions are not counted by weight."""
+
+
+class Op(Protocol):
+    """What a module has whose kernels are checked."""
+
+    def parse(self, data: Mapping[str, Any]) -> KernelSpec: ...
+    def emit(self, spec: KernelSpec) -> str: ...
+    def cases(self, spec: KernelSpec) -> Iterator[Case]: ...
+    def launches(self, spec: KernelSpec) -> Iterator[Case]: ...
+
+
+def run(mode: Mode, jobs: Sequence[Mapping[str, Any]], path: str = "", seconds: float = 1200) -> list[Any]:
+    """The answers of a process of its own; `path` goes before the installed packages (another Triton).
+
+    Raises:
+        RuntimeError: the process fails; its last words.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    if mode == "interpret":
+        environment["TRITON_INTERPRET"] = "1"
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, environment.get("PYTHONPATH", ""))))
+    command = [sys.executable, "-m", "effc.kernels.gpu.check", mode]
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            command, input=json.dumps(list(jobs)), capture_output=True, text=True,
+            env=environment | {"TRITON_CACHE_DIR": cache}, timeout=seconds, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError("\n".join(done.stderr.splitlines()[-12:]))
+    return cast(list[Any], json.loads(done.stdout.splitlines()[-1]))
+
+
+def interpret(op: Op, spec: KernelSpec, text: str | None) -> str:
+    """The first thing that is wrong with a kernel, in words; "" when nothing is."""
+    from effc.kernels.gpu.interpret import trusted
+
+    launch = load(text or op.emit(spec)).launch
+    with trusted():
+        for at, case in enumerate(op.cases(spec)):
+            due = case.due()
+            # Once as it is used, and in float32 too, where rounding hides nothing.
+            for kind in (torch.bfloat16, torch.float32)[at > 0 :]:
+                results = {name: torch.full(y.shape, torch.nan, dtype=kind) for name, y in due.items()}
+                try:
+                    launch(**case.given, **results)
+                except Exception as error:
+                    return f"{case.label}: {_cause(error)}"
+                tolerance = case.tolerance if kind is torch.float32 else 2**-8
+                for name, y in due.items():
+                    if words := _differs(results[name], y, tolerance):
+                        return f"{case.label}: {name}{words}"
+    return ""
+
+
+def compile(op: Op, spec: KernelSpec, text: str | None) -> list[dict[str, Any]]:
+    """What every kernel of every launch takes, and what no kernel may do (`wrong`)."""
+    from effc.kernels.gpu.hopper import compiled, version
+    from effc.kernels.gpu.resources import resources
+
+    launch = load(text or op.emit(spec)).launch
+    found = []
+    for case in op.launches(spec):
+        results = {name: torch.empty(y.shape, dtype=torch.bfloat16) for name, y in case.due().items()}
+        for kernel in compiled(partial(launch, **case.given, **results)):
+            takes = resources(kernel)
+            each = round(takes.each(case.weights), 2) if case.weights and takes.loop_products else None
+            found.append(
+                {
+                    "label": case.label,
+                    "triton": version(),
+                    **takes.data(),
+                    "each": each,
+                    "together": takes.together(),
+                    "wrong": takes.wrong(),
+                }
+            )
+    return found
+
+
+def _differs(found: Tensor, due: Tensor, tolerance: float) -> str:
+    """Where a result is not what is due; "" when it is."""
+    wrong = (found.double() - due.double()).abs() / due.double().abs().max().clamp(min=1e-30)
+    bad = ~(wrong <= tolerance)
+    if not bad.any():
+        return ""
+    at = bad.nonzero()[0].tolist()
+    never = int(found.isnan().sum() - due.isnan().sum())
+    return (
+        f"{at} is {float(found[tuple(at)]):.6g}, not {float(due[tuple(at)]):.6g}; {int(bad.sum())} of "
+        f"{bad.numel()} are off" + (f", {never} are NaN or were never written" if never else "")
+    )
+
+
+def _cause(error: BaseException) -> str:
+    """The error behind the interpreter's own."""
+    inner = error.__cause__ or error
+    return f"{type(inner).__name__}: {inner}"
+
+
+def main(mode: str) -> int:
+    # Memory that `launch` takes for itself holds NaN until it is written.
+    torch.use_deterministic_algorithms(True)
+    filling: Any = torch.utils.deterministic
+    filling.fill_uninitialized_memory = True
+    torch.set_num_threads(1)
+    answers: list[Any] = []
+    for job in json.load(sys.stdin):
+        op = cast(Op, importlib.import_module(f"effc.kernels.{job['op']}"))
+        spec = op.parse(job["spec"])
+        answers.append((interpret if mode == "interpret" else compile)(op, spec, job.get("text")))
+    print(json.dumps(answers))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))
