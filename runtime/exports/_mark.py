@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from effc.compiler.checkpoint import parse_json, within
-from effc.runtime.objects import hash_of
+from effc.runtime.fingerprints import hash_of
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 MARK = "effc.json"

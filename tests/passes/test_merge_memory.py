@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,10 @@ import sys
 from pathlib import Path
 from effc.compiler.importer import import_folder
 from effc.compiler.method import Context
+from effc.passes.merge.dare_ties import DareTies
 from effc.passes.merge.linear import Linear
+from effc.passes.merge.slerp import Slerp
+from effc.passes.merge.task_arithmetic import TaskArithmetic
 from effc.passes.merge.ties import Ties
 from effc.runtime.merge import merge
 from effc.specs.recipe import Ref
@@ -32,8 +37,12 @@ def peak():
 
 models = [import_folder(Path(sys.argv[1])) for _ in range(3)]
 before = peak()
-merge(Linear(), models, Context(workdir=Path(sys.argv[2])))
-merge(Ties(base=Ref("base")), models[1:], Context(workdir=Path(sys.argv[2]), models={"base": models[0]}))
+out, base = Path(sys.argv[2]), Ref("base")
+merge(Linear(), models, Context(workdir=out))
+merge(Slerp(), models[1:], Context(workdir=out))
+ties = Ties(base=base), Ties(base=base, scope="tensor")
+for method in (*ties, TaskArithmetic(base=base), DareTies(base=base)):
+    merge(method, models[1:], Context(workdir=out, models={"base": models[0]}))
 print(before, peak())
 """
 
@@ -71,3 +80,32 @@ def test_memory_does_not_grow_with_the_models(tmp_path: Path) -> None:
     assert stored > 80
     assert peak - before < 64
     assert peak < (3 + 2) * 64 + 400
+
+
+@pytest.fixture(scope="module")
+def bench() -> Any:
+    """The benchmark of merges, which makes models and watches commands."""
+    file = Path(__file__).parents[2] / "benchmarks/merge.py"
+    spec = importlib.util.spec_from_file_location("bench_merge", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    found: list[Path] = bench.family(tmp_path_factory.mktemp("m400"), "m400")
+    return found
+
+
+@pytest.mark.claim
+@pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "dare_ties", "ties"])
+def test_merging_three_large_models_needs_little_memory(
+    method: str, bench: Any, folders: list[Path], tmp_path: Path, measured: Any
+) -> None:
+    found, _ = bench.watched(bench.effc(method, folders, tmp_path))
+    inputs = 2 if method == "slerp" else 3
+    claim = "compiling a merge of three 400M models stays below (inputs + 2) x 64 MB + 400 MB, in MB"
+    measured(f"merge.{method}", claim, found["peak_mb"], below=(inputs + 2) * 64 + 400)
