@@ -17,7 +17,7 @@ ATTEND = Template(r"""
 #endif
 
 /* p [P, $step] = q [P, $h] times 16 B keys */
-INLINE void score_$key(const int P, const int B, const float *RESTRICT q, const $cell *RESTRICT k,
+INLINE void score_$key(const int P, const int B, const float *RESTRICT q, const $cell *RESTRICT k, long ahead,
                        float *RESTRICT p) {
   part a[8][4][PARTS];
   UNROLL for (int i = 0; i < P; i++)
@@ -25,6 +25,7 @@ INLINE void score_$key(const int P, const int B, const float *RESTRICT q, const 
   for (long d = 0; d < $h; d++)
     UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++) {
       const part w = $load(k + (b * $h + d) * 16 + l * LANES);
+      if (l == 0) __builtin_prefetch(k + (b * $h + d) * 16 + ahead, 0, 2);
       UNROLL for (int i = 0; i < P; i++) a[i][b][l] += w * q[i * $h + d];
     }
   UNROLL for (int i = 0; i < P; i++)
@@ -33,8 +34,8 @@ INLINE void score_$key(const int P, const int B, const float *RESTRICT q, const 
 }
 
 /* y [P, 16 V of $padded] += p [P, $step] times `count` values */
-INLINE void weigh_$key(const int P, const int V, const float *RESTRICT p, const $cell *RESTRICT v, long count,
-                       float *RESTRICT y) {
+INLINE void weigh_$key(const int P, const int V, const float *RESTRICT p, const $cell *RESTRICT v, long ahead,
+                       long count, float *RESTRICT y) {
   part a[8][8][PARTS];
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++)
@@ -42,6 +43,7 @@ INLINE void weigh_$key(const int P, const int V, const float *RESTRICT p, const 
   for (long n = 0; n < count; n++)
     UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++) {
       const part w = $load(v + n * $padded + 16 * x + l * LANES);
+      if (l == 0) __builtin_prefetch(v + n * $padded + 16 * x + ahead, 0, 2);
       UNROLL for (int i = 0; i < P; i++) a[i][x][l] += w * p[i * $step + n];
     }
   UNROLL for (int i = 0; i < P; i++)
@@ -50,27 +52,28 @@ INLINE void weigh_$key(const int P, const int V, const float *RESTRICT p, const 
 }
 
 /* rows 0 to P of q against the keys from..to of one step, in whole vectors */
-static void scores_$key(long P, const float *RESTRICT q, const $cell *RESTRICT k, long from, long to,
-                        float *RESTRICT p) {
+static void scores_$key(long P, const float *RESTRICT q, const $cell *RESTRICT k, long ahead,
+                        long from, long to, float *RESTRICT p) {
   long i = 0;
 #define EACH(ROWS, B, V) \
   for (; i + ROWS <= P; i += ROWS) \
     for (long n = from / (16 * B) * (16 * B); n < to; n += 16 * B) \
-      score_$key(ROWS, B, q + i * $h, k + n * $h, p + i * $step + n);
+      score_$key(ROWS, B, q + i * $h, k + n * $h, i ? 0 : ahead * $h, p + i * $step + n);
   TILES_OF_ROWS(EACH)
 #undef EACH
 }
 
 /* rows 0 to P of y take the values from..to of one step */
-static void sums_$key(long P, const float *RESTRICT p, const $cell *RESTRICT v, long from, long to,
-                      float *RESTRICT y) {
+static void sums_$key(long P, const float *RESTRICT p, const $cell *RESTRICT v, long ahead,
+                      long from, long to, float *RESTRICT y) {
   if (from >= to) return;
   long i = 0;
   p += from;
   v += from * $padded;
 #define SOME(ROWS, V) \
   for (; x + V <= $vectors; x += V) \
-    weigh_$key(ROWS, V, p + i * $step, v + 16 * x, to - from, y + i * $padded + 16 * x);
+    weigh_$key(ROWS, V, p + i * $step, v + 16 * x, i ? 0 : ahead * $padded, to - from, \
+               y + i * $padded + 16 * x);
 #define EACH(ROWS, B, V) \
   for (; i + ROWS <= P; i += ROWS) { long x = 0; SOME(ROWS, V) if (V > 4) SOME(ROWS, 4) SOME(ROWS, 1) }
   TILES_OF_ROWS(EACH)
@@ -137,24 +140,32 @@ INLINE void soften_$key(float *RESTRICT p, const int whole, long from, long to, 
   *total = sum_of_all;
 }
 
-/* $group queries of each of n tokens, at `position` and after it, of one sequence; y is the first one's */
+/* the first key that a token sees, down to a whole step */
+INLINE long start_$key(long position) {
+  return $window && position >= $window ? (position - $window + 1) / $step * $step : 0;
+}
+
+/* $group queries of each of n tokens, at `position` and after it, of one sequence, whose keys begin at number
+   `head` of all; y is the first token's. `next` is the first key that is read afterwards, -1 for none */
 static void together_$key(const float *RESTRICT q, const $cell *RESTRICT keys, const $cell *RESTRICT values,
-                          long S, long position, long n, float *RESTRICT y) {
+                          long S, long head, long next, long position, long n, float *RESTRICT y) {
   float p[$rows * $step], sum[$rows * $padded], base_of[$rows];
   f32x16 total[$rows];
   const long P = n * $group, end = position + n;
-  const long start = $window && position >= $window ? position - $window + 1 : 0;
   for (long i = 0; i < P; i++) { base_of[i] = -INFINITY; total[i] = all(0.0f); }
   memset(sum, 0, sizeof(float) * P * $padded);
-  for (long base = start / $step * $step; base < end; base += $step) {
-    const $cell *k = keys + $chunk * $h, *v = values + $chunk * $padded;
+  for (long base = start_$key(position); base < end; base += $step) {
+    const long chunk = head + $chunk;
+    const $cell *k = keys + chunk * $h, *v = values + chunk * $padded;
+    /* what comes next is asked for while this is used */
+    const long ahead = base + $step < end ? $step : next < 0 ? 0 : next - chunk;
     long from[$tokens], to[$tokens];
     for (long t = 0; t < n; t++) {
       const long lowest = $window ? position + t - $window + 1 - base : 0, above = position + t + 1 - base;
       from[t] = lowest > 0 ? lowest : 0;
       to[t] = above < $step ? above : $step;
     }
-    scores_$key(P, q, k, from[0], to[n - 1], p);
+    scores_$key(P, q, k, ahead, from[0], to[n - 1], p);
     for (long t = 0; t < n; t++)
       for (long i = t * $group; i < (t + 1) * $group; i++)
         if (from[t] == 0 && to[t] == $step)
@@ -165,9 +176,9 @@ static void together_$key(const float *RESTRICT q, const $cell *RESTRICT keys, c
     const long low = from[n - 1], high = to[0] > low ? to[0] : low;
 #define ALONE(first, last) \
   for (long t = 0; t < n; t++) \
-    sums_$key($group, p + t * $group * $step, v, first, last, sum + t * $group * $padded);
+    sums_$key($group, p + t * $group * $step, v, 0, first, last, sum + t * $group * $padded);
     ALONE(from[t], to[t] < low ? to[t] : low)
-    sums_$key(P, p, v, low, high, sum);
+    sums_$key(P, p, v, ahead, low, high, sum);
     ALONE(from[t] > high ? from[t] : high, to[t])
 #undef ALONE
   }
@@ -178,25 +189,29 @@ static void together_$key(const float *RESTRICT q, const $cell *RESTRICT keys, c
   }
 }
 
+/* the row that is number i of M: units of $tokens, the first, the last, the second, the last but one, ... */
+INLINE long row_$key(long i, long M) {
+  const long units = (M + $tokens - 1) / $tokens, tail = M - (units - 1) * $tokens;
+  const long even = i < $tokens + tail ? i : i + $tokens - tail, turn = even / $tokens;
+  return (turn % 2 ? units - 1 - turn / 2 : turn / 2) * $tokens + even % $tokens;
+}
+
 /* queries, keys and values as write_cache left them -> y [M, H h]; item i is row i % M (in an order that
    gives equal shares of a prefill equal work) of kv head i / M. Tokens that follow each other go together. */
 static void attend_$key(
     const float *RESTRICT queries, const $cell *RESTRICT keys, const $cell *RESTRICT values,
     const int64_t *RESTRICT slot, const int64_t *RESTRICT position, float *RESTRICT y,
     long M, long S, long first, long last) {
-  const long units = (M + $tokens - 1) / $tokens, tail = M - (units - 1) * $tokens;
   for (long item = first; item < last;) {
-    /* units of $tokens rows: the first, the last, the second, the last but one, ... */
-    const long j = item / M, i = item % M, even = i < $tokens + tail ? i : i + $tokens - tail;
-    const long turn = even / $tokens, unit = turn % 2 ? units - 1 - turn / 2 : turn / 2;
-    const long m = unit * $tokens + even % $tokens, next = (unit + 1) * $tokens, over = next < M ? next : M;
+    const long j = item / M, m = row_$key(item % M, M), over = (m / $tokens + 1) * $tokens;
     long n = 1;
-    while (m + n < over && item + n < last
+    while (m + n < (over < M ? over : M) && item + n < last
            && slot[m + n] == slot[m] && position[m + n] == position[m] + n) n++;
-    const long head = (slot[m] * $kv_heads + j) * S;
-    together_$key(queries + (j * M + m) * $group * $h, keys + head * $h, values + head * $padded, S,
+    const long then = item + n, r = row_$key(then % M, M), begin = start_$key(position[r]);
+    const long next = then < last ? (slot[r] * $kv_heads + then / M) * S + $begin : -1;
+    together_$key(queries + (j * M + m) * $group * $h, keys, values, S, (slot[m] * $kv_heads + j) * S, next,
                   position[m], n, y + (m * $kv_heads + j) * $group * $h);
-    item += n;
+    item = then;
   }
 }
 """)

@@ -68,7 +68,8 @@ def _names(spec: CachedAttentionSpec) -> dict[str, object]:
         "load": f"part_{spec.cell}",
         "as_cell": "" if wide else f"nearest_bf16_{spec.key}",
         "at": "position[m] % S" if spec.ring else "position[m]",
-        "chunk": "(base % S)" if spec.ring else "base",
+        "chunk": "base % S" if spec.ring else "base",
+        "begin": "begin % S" if spec.ring else "begin",
         "window": spec.window or 0,
         "cap": f"a = {spec.cap!r}f * hyperbolic_tangent(a * {1 / spec.cap!r}f);" if spec.cap else "",
     }

@@ -20,7 +20,7 @@ typedef float    part        __attribute__((vector_size(4 * LANES)));
 typedef uint16_t part_of_u16 __attribute__((vector_size(2 * LANES)));
 typedef uint32_t part_of_u32 __attribute__((vector_size(4 * LANES)));
 INLINE part part_float32(const float *p) { part v; memcpy(&v, p, sizeof v); return v; }
-INLINE part part_bfloat16(const uint16_t *p) {   /* gcc 12 converts to 512 bits in halves, at twice the cost */
+INLINE part part_bfloat16(const uint16_t *p) {   /* gcc 12 converts to 512 bits in halves, twice the cost */
 #if defined(__AVX512F__)
   return (part)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
 #else
