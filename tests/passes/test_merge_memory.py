@@ -16,6 +16,7 @@ from effc.compiler.architecture import architecture
 from effc.compiler.checkpoint_write import SafetensorsWriter
 from effc.compiler.importer import build
 from effc.compiler.places import places
+from tests.claims import Measured
 
 MEASURE = """
 import sys
@@ -103,7 +104,7 @@ def folders(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.claim
 @pytest.mark.parametrize("method", ["linear", "slerp", "task_arithmetic", "dare_ties", "ties"])
 def test_merging_three_large_models_needs_little_memory(
-    method: str, bench: Any, folders: list[Path], tmp_path: Path, measured: Any
+    method: str, bench: Any, folders: list[Path], tmp_path: Path, measured: Measured
 ) -> None:
     found, _ = bench.watched(bench.effc(method, folders, tmp_path))
     inputs = 2 if method == "slerp" else 3
