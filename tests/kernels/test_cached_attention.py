@@ -84,7 +84,8 @@ def calls(spec: CachedAttentionSpec) -> list[tuple[Tensor, Tensor]]:
         [(0, range(first)), (2, range(5))],
         [(1, range(1)), (2, range(5, 6)), (0, range(first, first + 3))],
         *([(0, range(first + 3 + i, first + 4 + i)), (1, range(1 + i, 2 + i))] for i in range(2)),
-        [(1, range(3, 20)), (0, range(first + 5, first + 5 + 29))],
+        # positions that go on from one sequence to another
+        [(1, range(3, 6)), (2, range(6, 9)), (1, range(6, 20)), (0, range(first + 5, first + 5 + 29))],
     ]
     return [
         (torch.tensor([s for s, r in plan for _ in r]), torch.tensor([p for _, r in plan for p in r]))
@@ -97,7 +98,8 @@ def test_equals_the_definition_on_every_set_and_number_of_threads(name: str) -> 
     spec = SPECS[name]
     runs = list(itertools.product(range(len(available())), (1, 2)))
     cases = [Case(spec) for _ in runs]
-    for slot, position in calls(spec):
+    backwards = torch.zeros(4, dtype=torch.long), torch.tensor([3, 2, 1, 0])  # rows that do not go together
+    for slot, position in [*calls(spec), backwards]:
         rows = cases[0].rows(len(slot))
         due = cases[0].expected(rows, slot, position)
         found = [case.run(rows, slot, position, *run) for case, run in zip(cases, runs, strict=True)]
