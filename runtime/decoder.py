@@ -18,6 +18,7 @@ from effc.compiler.step import Cache
 from effc.kernels.cpu.build import compiler
 from effc.kernels.cpu.isa import Isa, available
 from effc.kernels.program.run import Program, Session
+from effc.passes.lower.by_torch import by_torch
 from effc.passes.lower.decoder import Lowered, Unlowered, angles, compiled, lower
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -142,7 +143,16 @@ def decoder(
             raise EffcError(
                 Diagnostic("E503", "the model has no C program", notes=(note,), help=help)
             ) from None
-        return TorchDecoder(model, longest)
+        return TorchDecoder(_by_torch(model) if packed and compiler() is None else model, longest)
+
+
+def _by_torch(model: Model) -> Model:
+    """The model on torch's packed ops, made once."""
+    held = model.__dict__
+    if "_by_torch" not in held:
+        held["_by_torch"] = by_torch(model)
+    found: Model = held["_by_torch"]
+    return found
 
 
 def last_logits(model: Model, ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:
