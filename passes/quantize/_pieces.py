@@ -5,7 +5,7 @@ Shapes: W [R, i]; q [R, i], scale and zero [R, G].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +19,17 @@ from effc.compiler.shapes import Statistic
 from effc.passes._dense import finite, matrix
 from effc.passes._moment import Moment
 from effc.passes.quantize._grid import decode, fit
-from effc.passes.quantize._solve import factor, output_error, solve
+from effc.passes.quantize._solve import factor, relative, solve, squares
 from effc.passes.quantize._uniform import nearest
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 if TYPE_CHECKING:
     from effc.passes.quantize.gptq import GPTQ
+
+TOGETHER = 1 << 24
+"""Weights that are solved at once: rows do not depend on each other, and several copies in float32 of a
+large matrix would be more than its layer.
+"""
 
 
 @dataclass(slots=True)
@@ -104,11 +109,10 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
         )
         first.rounded = (q, scale, zero)
         return
-    h = first.moment.mean().mul_(2)
-    dead = h.diagonal() == 0
-    h.diagonal().add_(dead)  # an input that never fires has no say: its row and column are zero
-    order = h.diagonal().argsort(descending=True, stable=True) if method.order else None
-    found = factor(h if order is None else h[order][:, order], method.damp)
+    c = first.moment.mean()
+    dead = c.diagonal() == 0  # an input that never fires has no say: its row and column are zero
+    order = c.diagonal().argsort(descending=True, stable=True) if method.order else None
+    found = factor(c, method.damp, order)
     if found is None:
         raise EffcError(
             Diagnostic(
@@ -122,15 +126,41 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
             )
         )
     u, _ = found
-    live = torch.cat([piece.w.float() for piece in pieces]).masked_fill_(dead, 0.0)
-    q, scale, zero = solve(live, u, method.bits, first.group, symmetric, method.store, method.block, order)
-    del live, found, u
-    rows = [piece.w.shape[0] for piece in pieces]
-    parts = zip(*(t.split(rows) for t in (q, scale, zero)), strict=True)
-    for piece, (codes, s, z) in zip(pieces, parts, strict=True):
-        rounded = decode(codes.view(*s.shape, -1), s, z).view_as(piece.w)
-        piece.error = output_error(piece.w.float().masked_fill(dead, 0.0), rounded, h)
-        piece.rounded = (codes.to(torch.int8), s, z)
+    sums: dict[int, list[tuple[float, float]]] = {}
+    parts: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for strip in _strips(pieces):
+        live = torch.cat([rows.float() for _, rows in strip]).masked_fill_(dead, 0.0)
+        q, scale, zero = solve(
+            live, u, method.bits, first.group, symmetric, method.store, method.block, order
+        )
+        counts = [len(rows) for _, rows in strip]
+        splits = zip(*(t.split(counts) for t in (live, q, scale, zero)), strict=True)
+        for (number, _), (w, codes, s, z) in zip(strip, splits, strict=True):
+            rounded = decode(codes.view(*s.shape, -1), s, z).view_as(w)
+            sums.setdefault(number, []).append(squares(w, rounded, c))
+            parts.setdefault(number, []).append((codes.to(torch.int8), s, z))
+    for number, piece in enumerate(pieces):
+        piece.error = relative(sums[number])
+        q, scale, zero = (torch.cat(part) for part in zip(*parts[number], strict=True))
+        piece.rounded = (q, scale, zero)
+
+
+def _strips(pieces: Sequence[Piece]) -> Iterator[list[tuple[int, Tensor]]]:
+    """Rows of the pieces in turn, each with the number of its piece, that are solved in one go."""
+    most = max(1, TOGETHER // pieces[0].w.shape[1])
+    strip: list[tuple[int, Tensor]] = []
+    room = most
+    for number, piece in enumerate(pieces):
+        rest = piece.w
+        while len(rest):
+            strip.append((number, rest[:room]))
+            room -= len(rest[:room])
+            rest = rest[len(strip[-1][1]) :]
+            if not room:
+                yield strip
+                strip, room = [], most
+    if strip:
+        yield strip
 
 
 def _moment(statistic: Statistic | None) -> Moment | None:

@@ -6,32 +6,47 @@ Work is done on W^T, where a column of W is a contiguous row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from effc.passes.quantize._grid import decode, encode, fit
 
+STRIP = 512
+"""Columns that are copied or looked at together, where a copy of the whole would be one too many."""
 
-def factor(h: Tensor, damp: float) -> tuple[Tensor, float] | None:
+
+def factor(c: Tensor, damp: float, order: Tensor | None = None) -> tuple[Tensor, float] | None:
     """U of inv(H + d mean(diag H) I), and the d that worked: `damp`, or ten times more up to 0.1; else None.
 
-    `h` must have no zero on its diagonal.
+    H = 2 c, with `order` its rows and columns in that order; `c` stays as it is. A zero on the
+    diagonal, an input that never fires, counts as 1. One matrix of the size of c is all the memory it takes.
     """
-    mean = float(h.diagonal().mean())
+    work = torch.empty_like(c).mT  # columns lie together, as LAPACK wants them to work in place
+    failed = torch.empty((), dtype=torch.int32)
     while True:
-        damped = h.clone()
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # at most three matrices of this size at once, beside `h`
+        _twice(c, order, work)
+        diagonal = work.diagonal()
+        diagonal.add_(diagonal == 0)
+        diagonal.add_(damp * float(diagonal.mean()))
+        torch.linalg.cholesky_ex(work, out=(work, failed))
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper, damp
+            torch.cholesky_inverse(work, out=work)
+            torch.linalg.cholesky_ex(work, upper=True, out=(work, failed))
+            if not failed and all(bool(torch.isfinite(part).all()) for part in work.mT.split(STRIP)):
+                return work, damp
         if damp >= 0.1:
             return None
         damp = min(0.1, damp * 10)
+
+
+def _twice(c: Tensor, order: Tensor | None, work: Tensor) -> None:
+    """Fill `work` with 2 c, ordered, a strip at a time."""
+    for start in range(0, len(c), STRIP):
+        strip = slice(start, start + STRIP)
+        work[:, strip] = c[:, strip] if order is None else c[:, order[strip]][order]
+    work.mul_(2)
 
 
 def solve(
@@ -84,8 +99,18 @@ def aligned(block: int, group: int) -> int:
 
 
 def output_error(w: Tensor, rounded: Tensor, h: Tensor) -> float:
-    """||(W - W') X|| / ||W X|| over the inputs that made H."""
+    """||(W - W') X|| / ||W X|| over the inputs that made H, or any multiple of it."""
+    return relative([squares(w, rounded, h)])
+
+
+def squares(w: Tensor, rounded: Tensor, h: Tensor) -> tuple[float, float]:
+    """||(W - W') X||^2 and ||W X||^2 up to one factor, which add up over rows of W."""
     gap = w - rounded
-    lost = float((gap @ h * gap).sum(dtype=torch.float64))
-    kept = float((w @ h * w).sum(dtype=torch.float64))
-    return (max(lost, 0.0) / kept) ** 0.5 if kept > 0 else 0.0
+    lost = float((gap @ h).mul_(gap).sum(dtype=torch.float64))
+    return lost, float((w @ h).mul_(w).sum(dtype=torch.float64))
+
+
+def relative(rows: Sequence[tuple[float, float]]) -> float:
+    """The relative error that `squares` of all rows make."""
+    lost, kept = (sum(part) for part in zip(*rows, strict=True))
+    return float((max(lost, 0.0) / kept) ** 0.5) if kept > 0 else 0.0

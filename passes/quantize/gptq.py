@@ -19,7 +19,7 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Calibrate, Statistic
 from effc.passes._dense import inputs_of, matrix
 from effc.passes._moment import Moment
-from effc.passes.quantize._pieces import Piece, grouped, pieces_of, round_together
+from effc.passes.quantize._pieces import TOGETHER, Piece, grouped, pieces_of, round_together
 from effc.passes.quantize._uniform import Uniform, packed_unit, place
 from effc.specs.paper import Paper
 from effc.specs.units import Unit
@@ -89,12 +89,16 @@ class GPTQ(Uniform, Calibrate):
             p for p in paths if not isinstance(rw.module(p), Packed) and not _awaited(rw, p, targets, paths)
         ]
         pieces = [piece for path in here for piece in pieces_of(rw, path, targets[path], seen)]
+        errors: dict[str, float] = {}
         for alike in grouped(pieces):
             round_together(self.kind, alike)
-        errors: dict[str, float] = {}
-        for path in here:
-            if not isinstance(rw.module(path), Packed):  # tied to one that was packed just now
-                errors[path] = self._put(rw, path, targets[path], [p for p in pieces if p.path == path])
+            for path in dict.fromkeys(piece.path for piece in alike):
+                mine = [piece for piece in pieces if piece.path == path]
+                if isinstance(rw.module(path), Packed) or not all(piece.rounded for piece in mine):
+                    continue  # tied to one that was packed just now, or with experts still to come
+                errors[path] = self._put(rw, path, targets[path], mine)
+                for piece in mine:
+                    piece.rounded = ()  # type: ignore[assignment]
         return errors
 
     def _put(self, rw: Rewriter, path: str, method: GPTQ, pieces: Sequence[Piece]) -> float:
@@ -115,7 +119,8 @@ class GPTQ(Uniform, Calibrate):
             rows, inputs = w.shape
             squares += 2.0 * tokens * inputs**2  # X X^T, in float32
             solving += 2.0 * rows * inputs**2 + inputs**3
-            largest = max(largest, 4 * (4 * inputs**2 + 4 * rows * inputs))
+            together = min(rows * inputs, TOGETHER)
+            largest = max(largest, 4 * (2 * inputs**2 + 4 * together))  # C and its factor
             nbytes += w.numel() * w.element_size()
         return Work(flops, solving, exact=squares, disk=2 * nbytes, memory=largest)
 

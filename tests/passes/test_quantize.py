@@ -15,11 +15,13 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
 from effc.passes._moment import Moment
+from effc.passes.quantize import _pieces
 from effc.passes.quantize._grid import decode, encode, fit, fit_least_squares
 from effc.passes.quantize._solve import factor, output_error, solve
 from effc.passes.quantize.gptq import GPTQ
 from effc.passes.quantize.rtn import RTN
 from effc.runtime.calibrate import calibrate
+from effc.runtime.peak import Peak, resident
 from effc.specs.diagnostic import EffcError
 from effc.specs.recipe import Ref
 
@@ -193,7 +195,7 @@ def test_gptq_halves_the_output_error_of_rounding(bits: int) -> None:
     u, damp = factor(h, 0.01) or (h, 0.0)
     assert damp == 0.01
     for order in (None, h.diagonal().argsort(descending=True)):
-        turned = u if order is None else (factor(h[order][:, order], 0.01) or (h, 0.0))[0]
+        turned = u if order is None else (factor(h, 0.01, order) or (h, 0.0))[0]
         q, scale, zero = solve(w, turned, bits, 256, False, torch.float16, 128, order)
         solved = decode(q.unsqueeze(1), scale, zero).view_as(w)
         grid = fit(w.unsqueeze(1), bits, False, torch.float16)
@@ -212,6 +214,34 @@ def test_damping_grows_until_the_statistics_can_be_inverted() -> None:
     assert found is not None
     assert found[1] > 1e-4
     assert factor(torch.full((4, 4), math.nan), 0.01) is None
+
+
+def test_factoring_takes_the_memory_of_one_matrix() -> None:
+    c = torch.eye(2048) + 0.5
+    factor(torch.eye(64), 0.01)  # what LAPACK sets up once
+    before = resident()
+    with Peak() as peak:
+        found = factor(c, 0.01)
+    assert found is not None
+    assert peak.bytes - before < 1.5 * c.nbytes
+    h = 2 * c + 0.01 * 3 * torch.eye(2048)
+    x = torch.ones(2048) / 2048
+    assert torch.allclose(found[0] @ (h @ (found[0].T @ x)), x, atol=1e-3)
+
+
+def test_rows_are_solved_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = filled(blank(layers=1))
+    runs = []
+    for together in (_pieces.TOGETHER, 300):
+        monkeypatch.setattr(_pieces, "TOGETHER", together)
+        method = GPTQ(data=CODE, bits=4, group=16)
+        runs.append(calibrate(method, model, Context(data={"data": Sequences(model)})))
+    whole, strips = (run.model.tensors() for run in runs)
+    assert whole.keys() == strips.keys()
+    same = [float((whole[name] == strips[name]).float().mean()) for name in whole]
+    assert min(same) > 0.98  # a sum in another order may tip a tie
+    errors = [run.measures["errors"] for run in runs]
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
 
 
 def test_inputs_that_never_fire_lose_their_weights() -> None:
