@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.model import Model
@@ -119,7 +119,10 @@ def ready(model: Model, isa: Isa | None = None, threads: int | None = None) -> R
                 turns[str(rope)] = angles(rope, spec.head_dim)
             attentions.append((spec, turns[str(rope)] if rope is not None else None))
         model.materialize()
-        held[chosen, members] = Ready(lowered, compiled(lowered, chosen, members), attentions)
+        program = compiled(lowered, chosen, members)
+        for name in program.tensors.keys() & model.tensors().keys():  # what moved serves the model too
+            model.place(name, nn.Parameter(program.tensors[name], requires_grad=False))
+        held[chosen, members] = Ready(lowered, program, attentions)
     return held[chosen, members]
 
 

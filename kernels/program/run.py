@@ -17,6 +17,7 @@ from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.cpu.build import build, load
 from effc.kernels.cpu.entry import team
 from effc.kernels.cpu.isa import Isa
+from effc.kernels.cpu.pages import in_large_pages
 from effc.kernels.program.call import Plan
 from effc.kernels.program.emit import emit
 
@@ -64,7 +65,7 @@ class Program:
             entry = getattr(self.library, name)
             entry.argtypes, entry.restype = given, _LONG
         self.library.program.restype = None
-        self.tensors = {name: tensors[name].contiguous() for name in dict.fromkeys(names)}
+        self.tensors = in_large_pages({name: tensors[name] for name in dict.fromkeys(names)})
         addresses = [self.tensors[name].data_ptr() for name in names]
         self.table = (_POINTER * max(1, len(addresses)))(*addresses)
 
