@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check fmt golden claims bench docs tour zoo clean
+.PHONY: help venv demo test check fmt golden claims kernels bench docs tour zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
@@ -48,6 +48,15 @@ golden: $(VENV)/.installed  ## rewrite the golden files; read the diff before co
 
 claims: $(VENV)/.installed  ## slow proofs of what each method promises
 	$(BIN)/pytest -W error -m claim --durations=0 tests
+
+# Beside the installed one, whose version constraints.txt pins: what runs beside torch 2.11 on a GPU.
+$(VENV)/triton-3.6.0: | $(VENV)/.installed
+	rm -rf $@.new
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@.new triton==3.6.0
+	mv $@.new $@
+
+kernels: $(VENV)/.installed $(VENV)/triton-3.6.0  ## compile every kernel for Hopper by two versions of Triton
+	EFFC_TRITON_3_6=$(CURDIR)/$(VENV)/triton-3.6.0 $(BIN)/pytest -W error -m kernels --durations=0 tests
 
 bench: $(VENV)/.installed  ## measure, print tables, write JSON beside them
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
