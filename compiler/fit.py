@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from effc.compiler.method import Method
 from effc.compiler.placed import placed
-from effc.specs.diagnostic import Diagnostic
-from effc.specs.recipe import Binding
+from effc.specs.diagnostic import Diagnostic, Label
+from effc.specs.recipe import Binding, Expect
 from effc.specs.target import Target
 from effc.specs.units import fmt_bytes
 
@@ -62,6 +62,32 @@ def too_large(binding: Binding, method: Method, peak: Callable[[Method], int], t
     about = setting.written.partition(" ")[0] if setting else ""
     title = f"`{binding.name}` does not fit into memory"
     return placed(Diagnostic("E351", title, (), notes, advice, about=about), binding.call)
+
+
+def untimed(
+    expects: Iterable[Expect], nbytes: Mapping[str, int], memory: int, rest: int = 0
+) -> list[Diagnostic]:
+    """E351 for each `expect` on the latency of a model that memory cannot hold beside the rest.
+
+    `nbytes` are those of the models by name. A model that is read from disk block by block has no
+    latency of its own to be timed.
+    """
+    found = []
+    for expect in expects:
+        for name in dict.fromkeys(m.model for m in expect.metrics() if m.metric == "latency"):
+            needed = nbytes.get(name, 0) + rest
+            if needed > memory:
+                found.append(
+                    Diagnostic(
+                        "E351",
+                        f"the latency of `{name}` cannot be timed where `{name}` does not fit into memory",
+                        (Label(expect.span),) if expect.span else (),
+                        (f"it would need {fmt_bytes(needed)}; there are {fmt_bytes(memory)}",),
+                        f"expect `{name}.bytes` or `{name}.flops` instead, or take a machine with "
+                        f"{fmt_bytes(needed)} of memory",
+                    )
+                )
+    return found
 
 
 def disk_full(recipe: str, results: Mapping[str, int], free: int) -> Diagnostic:

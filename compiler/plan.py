@@ -16,7 +16,7 @@ from effc.compiler.around import Around, Text, around
 from effc.compiler.contract import Contract
 from effc.compiler.cost import Cost, count
 from effc.compiler.effort import merging, peak_of, seconds_of
-from effc.compiler.fit import disk_full, too_large
+from effc.compiler.fit import disk_full, too_large, untimed
 from effc.compiler.method import Method, Work
 from effc.compiler.model import Model
 from effc.compiler.placed import placed
@@ -193,6 +193,8 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
             except EffcError as problem:
                 found = problem.diagnostics
             problems += [placed(d, export.call) for d in found]
+    sizes = {stage.name: stage.cost.bytes for stage in stages}
+    problems += untimed(recipe.expects, sizes, target.memory_bytes, target.base_bytes)
     warnings = tuple(d for d in problems if d.severity == "warning")
     beside = tuple(around(recipe, models, texts, target))
     result = Plan(recipe, target, tuple(stages), models, warnings, beside)

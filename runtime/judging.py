@@ -6,6 +6,7 @@ All of them are remembered in the store under the content they are about, except
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,16 +14,19 @@ import torch
 from torch import Tensor
 
 from effc.compiler.around import LOSSES, REPORTED, judged, reportable, streams
+from effc.compiler.fit import untimed
 from effc.compiler.method import Method
 from effc.compiler.model import Model
 from effc.compiler.plan import promise
 from effc.compiler.probe import probe
 from effc.runtime.closure import fingerprint
 from effc.runtime.evaluate import loss
+from effc.runtime.heap import returning
 from effc.runtime.key import numeric_class
 from effc.runtime.machine import memory_bytes
 from effc.runtime.metrics import COUNTED, latency, measure
 from effc.runtime.opening import Opening
+from effc.specs.diagnostic import EffcError
 from effc.specs.recipe import Metric
 
 
@@ -40,8 +44,14 @@ class Judging:
         self._memory = memory_bytes()
 
     def metric(self, metric: Metric) -> float:
-        """One side of an `expect`. Raises EffcError as `measure` does."""
+        """One side of an `expect`.
+
+        Raises:
+            EffcError: E351 for the latency of a model that memory cannot hold, and as `measure` does.
+        """
         model = self.models[metric.model]
+        if metric.metric == "latency":
+            self._hold(metric.model)
         data = self.opening.data(metric.data.name, model) if metric.data else None
         split = metric.data.split if metric.data else None
 
@@ -56,7 +66,7 @@ class Judging:
         print_ = data.fingerprint if data is not None else None
         question = [metric.metric, self.fingerprints[metric.model], print_, split]
         question += [[str(argument) for argument in metric.arguments], *self._class("effc.runtime.metrics")]
-        with self.opening.clock.on("expect", judged(self.opening.recipe)):
+        with self.opening.clock.on("expect", judged(self.opening.recipe)), self._room(metric.model):
             return float(self._remember(question, measured))
 
     def losses(self, name: str, data: Mapping[str, Any]) -> dict[str, float]:
@@ -109,7 +119,7 @@ class Judging:
                 "facts": facts,
             }
 
-        with self.opening.clock.on("report", LOSSES):
+        with self.opening.clock.on("report", LOSSES), self._room(before, after):
             found: dict[str, Any] = self._remember(question, measured)
         return contract | found
 
@@ -119,10 +129,20 @@ class Judging:
         most = reportable(self.opening.recipe, self._memory)
         return sum(t.numel() * t.element_size() for t in model.tensors().values()) <= most
 
+    def _hold(self, name: str) -> None:
+        """Refuse to time a model that is larger than memory, which would have to be read for every token."""
+        nbytes = sum(t.numel() * t.element_size() for t in self.models[name].tensors().values())
+        if found := untimed(self.opening.recipe.expects, {name: nbytes}, self._memory):
+            raise EffcError(found[0])
+
     def _present(self, name: str) -> Model:
         """The model in memory; one that is too large stays on disk and is read block by block."""
         model = self.models[name]
         return model.clone().materialize() if self.fits(name) else model
+
+    def _room(self, *names: str) -> AbstractContextManager[None]:
+        """Blocks of a model that is read from disk go back to the system one by one."""
+        return nullcontext() if all(map(self.fits, names)) else returning()
 
     def _class(self, *modules: str) -> list[Any]:
         return [numeric_class(self.device), fingerprint(modules, docstrings=False)]

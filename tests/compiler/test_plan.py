@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from effc.compiler.assemble import assemble
 from effc.compiler.blocks import MLP, Attention, Embedding, Linear, Norm
-from effc.compiler.fit import remedy
+from effc.compiler.fit import remedy, untimed
 from effc.compiler.method import Method, Work
 from effc.compiler.model import Model
 from effc.compiler.plan import Plan, Staged, plan
@@ -17,7 +17,7 @@ from effc.compiler.plan_text import plan_text
 from effc.passes.prune.depth import Depth
 from effc.passes.quantize.rtn import RTN
 from effc.specs.diagnostic import Diagnostic, EffcError
-from effc.specs.recipe import Binding, Call, Export, Recipe, Ref
+from effc.specs.recipe import Binding, Call, Expect, Export, Metric, Recipe, Ref, Side
 from effc.specs.target import TARGETS, Target, read_target
 
 WIDTH, HIDDEN, VOCAB, LAYERS = 32, 64, 96, 4
@@ -139,6 +139,20 @@ def test_what_does_not_fit_into_memory_is_refused_with_the_setting_that_fits() -
     assert problem.code == "E351"
     assert "`samples = 8`" in str(problem.help)
     assert "20 MB" in problem.notes[0]
+
+
+def test_the_latency_of_a_model_larger_than_memory_is_refused() -> None:
+    side = Side(Metric("base", "latency"))
+    limit = Expect("base.latency <= 1 s", side, "<=", Side(1.0))
+    assert untimed([limit], {"base": 90}, 100) == []
+    (problem,) = untimed([limit], {"base": 90}, 100, rest=20)
+    assert problem.code == "E351"
+    assert "110" in problem.notes[0]
+    hand = Hand({"small": RTN(bits=4, group=16)})
+    made = recipe(("small", "quantize.rtn", "base"))
+    with pytest.raises(EffcError) as caught:
+        plan(replace(made, expects=(limit,)), hand, machine(base_bytes=0, memory_bytes=10_000))
+    assert any("latency of `base`" in d.title for d in caught.value.diagnostics)
 
 
 def test_a_full_disk_is_refused_before_anything_runs() -> None:
