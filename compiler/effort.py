@@ -10,8 +10,8 @@ from effc.specs.target import Target
 STREAMED = 4096
 """Tokens that a calibration runs through a layer at once."""
 
-BACKWARD = 40_000_000
-"""Bytes that a backward pass needs beside tensors: buffers and generated code of the libraries, measured."""
+WARM = 8
+"""Models that ran leave buffers and code of libraries: one part in so many of an idle process, measured."""
 
 OPENED = 4
 """Bytes resident for each byte of text: tokens, the documents they belong to, and the text itself."""
@@ -39,9 +39,7 @@ def peak_of(method: Method, model: Model, work: Work, target: Target, text: int 
         case Rewrite() if method.streams:
             largest = max((t.numel() * t.element_size() for t in model.tensors().values()), default=0)
             held = 2 * largest  # what is read, and what is made of it
-        case Train():
-            held += BACKWARD
-    return target.base_bytes + OPENED * text + held + work.memory
+    return target.base_bytes + target.base_bytes // WARM + OPENED * text + held + work.memory
 
 
 def seconds_of(method: Method, model: Model, work: Work, target: Target) -> float:

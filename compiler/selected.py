@@ -17,10 +17,11 @@ def selector_report(method: Method, model: Model) -> list[tuple[str, str, str]]:
         return []
     names = {name.path: name for name in model.names()}
     layers: dict[tuple[str, str], list[int | None]] = {}
+    count = model.layers
     for path, applied in method.targets(model).items():
         layer = names[path].layer
         words = ", ".join(
-            f"{key} = {_shown(getattr(method, key), getattr(applied, key), layer, model.layers)}"
+            f"{key} = {_shown(getattr(method, key), getattr(applied, key), layer, count)}"
             for key in type(method).overrides
         )
         layers.setdefault((words, names[path].role), []).append(names[path].layer)

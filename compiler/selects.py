@@ -48,8 +48,9 @@ class Selects(Spec):
         select = self.select or [role for role in DEFAULT if Selector.parse(role).match(names)]
         table = resolve(select, self.except_, self.rules, names)
         layer = {name.path: name.layer for name in names}
+        layers = model.layers
         return {
-            path: self.at(path, given)._in_layer(layer[path], model.layers)
+            path: self.at(path, given)._in_layer(layer[path], layers)
             for path, given in table.items()
             if given is not None
         }

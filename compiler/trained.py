@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from effc.compiler.shapes import Train
 
 _OUTSIDE = ("embedding", "head")
+MOVED = 30
+"""Bytes that a step moves for each parameter: gradients, AdamW, the working copy; measured."""
+JUDGED = 88
+"""Bytes that cross-entropy and its gradient move for each logit; measured."""
 
 
 def chosen(model: Model, train: str | tuple[str, ...]) -> list[str]:
@@ -98,7 +102,9 @@ def training_work(
     inner = int(model.config.get("intermediate_size", 4 * width))
     active = rows * model.layers * (17 * width + 6 * inner) * 2
     logits = rows * int(model.config.get("vocab_size", 0)) * 2 * (2 + teachers)
-    return Work(flops=flops, memory=held + active + logits)
+    vocabulary = int(model.config.get("vocab_size", 0))
+    traffic = float(method.steps * own.params * MOVED + tokens * vocabulary * JUDGED)
+    return Work(flops=flops, memory=held + active + logits, traffic=traffic)
 
 
 def _matched(text: str, names: Sequence[Name]) -> list[str]:

@@ -14,12 +14,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from effc.specs import user_cache
+from effc.specs.diagnostic import EffcError
 from effc.specs.target import Target, named_target, read_target
 
 if TYPE_CHECKING:
@@ -106,10 +108,8 @@ def calibrate(device: str = "cpu") -> Target:
         overhead=_overhead(place),
         base_bytes=_idle_bytes(),
         tokenize=_tokenize_rate(),
-        start=_start_seconds("torch"),
-        consumer=_start_seconds("transformers.models.auto.modeling_auto"),
         calibrated=True,
-    )
+    ).model_copy(update=_export_seconds())
     path = calibrated_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
@@ -230,15 +230,20 @@ def _tokenize_rate() -> float:
         return _rounded(size / (time.perf_counter() - start))
 
 
-def _start_seconds(module: str) -> float:
-    """Until a new process has imported a module, or torch where there is none of the name."""
-    import subprocess
-    import sys
+def _export_seconds() -> dict[str, float]:
+    """What small exports take, their consumers in new processes included; nothing of one that is refused."""
+    from effc.runtime.exports.artifact import Artifact
+    from effc.runtime.exports.hf import Hf
+    from effc.runtime.load import load
 
-    code = f"import torch\ntry:\n    import {module}\nexcept ImportError:\n    pass"
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    return _rounded(time.perf_counter() - start)
+    taken = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for field, export in (("start", Artifact(path=f"{folder}/a")), ("consumer", Hf(path=f"{folder}/b"))):
+            start = time.perf_counter()
+            with suppress(EffcError):
+                export.publish(load("zoo:pylm"))
+                taken[field] = _rounded(time.perf_counter() - start)
+    return taken
 
 
 def _idle_bytes() -> int:

@@ -50,9 +50,13 @@ class Target(BaseModel):
         default=2e6, gt=0, description="bytes of text a second, cut into tokens and packed"
     )
     consumer: float = Field(
-        default=6.0, ge=0, description="seconds until a new process has imported transformers too"
+        default=6.0,
+        ge=0,
+        description="seconds to export a small model, read by transformers in a new process",
     )
-    start: float = Field(default=3.0, ge=0, description="seconds until a new process has imported torch")
+    start: float = Field(
+        default=3.0, ge=0, description="the same for an artefact, which effc itself reads in a new process"
+    )
     calibrated: bool = False
 
     def rate(self, dtype: str, width: int, training: bool = False) -> float:

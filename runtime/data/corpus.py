@@ -59,9 +59,10 @@ class Corpus(Sequences):
 
 def listed_files(name: str = "python-stdlib") -> Iterator[tuple[Path, str]]:
     """The files of a corpus on this machine with their splits."""
+    root = _root()
     for _, split, path in _listed(name):
-        if (_root() / path).is_file():
-            yield _root() / path, split
+        if (root / path).is_file():
+            yield root / path, split
 
 
 def _root() -> Path:

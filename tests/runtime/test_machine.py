@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from effc.compiler.model import Model
 from effc.runtime import machine, throughput
+from effc.runtime.exports.artifact import Artifact
+from effc.runtime.exports.hf import Hf
+from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.target import Target
 
 
@@ -30,12 +34,22 @@ def test_a_calibrated_machine_is_found_again(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(machine, "_FILE_BYTES", 1 << 16)
     monkeypatch.setattr(machine, "_idle_bytes", lambda: 300_000_000)
     monkeypatch.setattr(machine, "_tokenize_rate", lambda: 2e6)
-    monkeypatch.setattr(machine, "_start_seconds", lambda module: 1.0)
+    monkeypatch.setattr(machine, "_export_seconds", lambda: {"start": 1.5, "consumer": 7.0})
     measured = machine.calibrate()
     assert measured.calibrated
+    assert (measured.start, measured.consumer) == (1.5, 7.0)
     assert machine.this_machine() == measured
     assert isinstance(machine.chosen_target(machine.calibrated_path("cpu")), Target)
     assert [p.name for p in tmp_path.iterdir()] == ["effc"]  # the block for the disk is gone
+
+
+def test_an_export_that_cannot_be_verified_here_keeps_its_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Hf, model: Model) -> None:
+        raise EffcError(Diagnostic("E550", "the export cannot be verified without `transformers`"))
+
+    monkeypatch.setattr(Hf, "publish", refused)
+    monkeypatch.setattr(Artifact, "publish", lambda self, model: None)
+    assert machine._export_seconds().keys() == {"start"}
 
 
 def test_free_space_is_asked_where_the_store_will_be(tmp_path: Path) -> None:
