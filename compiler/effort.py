@@ -11,7 +11,7 @@ STREAMED = 4096
 """Tokens that a calibration runs through a layer at once."""
 
 WARM = 8
-"""Models that ran leave buffers and code of libraries: one part in so many of an idle process, measured."""
+"""Models that ran leave buffers and code of libraries: one part in so many of an idle process, fitted."""
 
 OPENED = 4
 """Bytes resident for each byte of text: tokens, the documents they belong to, and the text itself."""
