@@ -1,8 +1,8 @@
 """Low-bit linear layers by torch's own packed ops: what serves where there is no C compiler.
 
 Torch packs 4 bits in groups of 32 to 256, and 8 bits with one scale a row; both want x in bfloat16 (other
-types take a path that is twenty times slower). Everything else is unpacked once and multiplied as dense weights,
-which costs the memory that packing saved and no accuracy.
+types take a path that is twenty times slower). Everything else is unpacked once and multiplied as dense
+weights, which costs the memory that packing saved and no accuracy.
 """
 
 from __future__ import annotations

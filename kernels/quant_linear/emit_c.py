@@ -6,12 +6,20 @@ them, so the loads are one stream. With more rows, a tile of rows shares each un
 
 from __future__ import annotations
 
+from effc.kernels.cpu.parts import PARTS
 from effc.kernels.cpu.team import TEAM_HEADER
 from effc.kernels.cpu.vectors import VECTORS
 from effc.kernels.epilogue import EPILOGUES, operands
 from effc.kernels.quant_linear.spec import BLOCK, QuantLinearSpec
 
-QUANTIZE = r"""
+QUANTIZE = (
+    PARTS
+    + r"""
+#if defined(__AVX512F__)   /* where the registers hold the sums of a tile */
+#define TILED UNROLL
+#else
+#define TILED
+#endif
 /* rows of x as signed bytes: for each group the scale most / 127 and the sum of the bytes; items first to
    last of M * K / width, so that members can share one row */
 static void quantize(const float *RESTRICT x, long width, long first, long last,
@@ -39,6 +47,7 @@ static void quantize(const float *RESTRICT x, long width, long first, long last,
   }
 }
 """
+)
 
 _ENTRY = r"""
 struct arguments {
@@ -84,6 +93,10 @@ def title(spec: QuantLinearSpec) -> str:
    operations  2 M N K */"""
 
 
+TILES = ((6, 2), (3, 4), (1, 4))
+"""Rows of x and vectors of W whose sums the registers hold; proved bit-equal, so not in the spec."""
+
+
 def function(spec: QuantLinearSpec) -> str:
     """The kernel over blocks first to last, to be called by every member with its own."""
     names = operands(spec.epilogue)
@@ -91,60 +104,78 @@ def function(spec: QuantLinearSpec) -> str:
     gives = "".join(f", {name}" for name in names)
     width = f"{spec.group}L" if spec.group else "(K)"
     outputs = BLOCK // 2 if spec.paired else BLOCK
-    stride = 2 if spec.paired else 1
-    head = BLOCK * (2 if spec.symmetric else 3)
+    tiles = "".join(_tile(spec, rows, vectors, takes) for rows, vectors in TILES)
+    loops = "".join(_loop(spec, rows, vectors, gives) for rows, vectors in TILES)
     return f"""
 #undef WIDTH
 #undef COLUMNS
 #define WIDTH(K) {width}
 #define COLUMNS {outputs}L
-INLINE void tile_{spec.key}(const int R, const int V, const int v0, long m0, long block,
-    const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
-    const uint8_t *RESTRICT w, float *RESTRICT y{takes}, long N, long K) {{
-  const long width = WIDTH(K), groups = K / width, size = {head}L + width * {BLOCK * spec.bits // 8};
-  const int by = V == 4 ? 1 : {stride};
-  const uint8_t *p = w + block * groups * size;
-  f32x16 f[R][V];
-  for (int r = 0; r < R; r++) for (int i = 0; i < V; i++) f[r][i] = all(0.0f);
-  for (long g = 0; g < groups; g++, p += size) {{
-    i32x16 d[R][V];
-    for (int i = 0; i < V; i++) {{
-{_start(spec)}
-    }}
-    const uint8_t *codes = p + {head};
-    const int8_t *a = xq + m0 * K + g * width;
-    for (long s = 0; s < width; s += {spec.columns}) {{
-      for (int i = 0; i < V; i++) {{
-        const int v = v0 + i * by;
-{_step(spec)}
-      }}
-      codes += {4 * 64 * _vectors(spec)};
-      a += {spec.columns};
-    }}
-    for (int i = 0; i < V; i++) {{
-      f32x16 scale = {_scale(spec)}((const uint16_t *)p + 16 * (v0 + i * by));
-      for (int r = 0; r < R; r++) f[r][i] += to_float(d[r][i]) * (scale * xs[(m0 + r) * groups + g]);
-    }}
-  }}
-  for (int r = 0; r < R; r++) {{
-    const long m = m0 + r;
-{_finish(spec)}
-  }}
-}}
-
+{tiles}
 static void quant_linear_{spec.key}(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint8_t *RESTRICT w, float *RESTRICT y{takes}, long M, long N, long K, long first, long last) {{
   for (long block = first; block < last; block++) {{
     long m = 0;
-    for (; m + 6 <= M; m += 6)
-      for (int half = 0; half < 2; half++)
-        tile_{spec.key}(6, 2, half * {1 if spec.paired else 2}, m, block, xq, xs, xsum, w, y{gives}, N, K);
-    for (; m + 3 <= M; m += 3) tile_{spec.key}(3, 4, 0, m, block, xq, xs, xsum, w, y{gives}, N, K);
-    for (; m < M; m++) tile_{spec.key}(1, 4, 0, m, block, xq, xs, xsum, w, y{gives}, N, K);
+{loops}  }}
+}}
+"""
+
+
+def _tile(spec: QuantLinearSpec, rows: int, vectors: int, takes: str) -> str:
+    """Rows times vectors of one block; sizes are literals, as sums in arrays of others go to memory."""
+    by = 1 if vectors == 4 else _apart(spec)
+    head = BLOCK * (2 if spec.symmetric else 3)
+    each_row, each_vector = f"for (int r = 0; r < {rows}; r++)", f"for (int i = 0; i < {vectors}; i++)"
+    return f"""
+INLINE void tile{rows}_{spec.key}(const int v0, long m0, long block,
+    const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
+    const uint8_t *RESTRICT w, float *RESTRICT y{takes}, long N, long K) {{
+  const long width = WIDTH(K), groups = K / width, size = {head}L + width * {BLOCK * spec.bits // 8};
+  const uint8_t *p = w + block * groups * size;
+  f32x16 f[{rows}][{vectors}];
+  TILED {each_row} TILED {each_vector} f[r][i] = all(0.0f);
+  for (long g = 0; g < groups; g++, p += size) {{
+    i32x16 d[{rows}][{vectors}];
+    TILED {each_vector} {{
+      i32x16 zero = {_zero(spec, by)};
+      TILED {each_row} d[r][i] = zero * -xsum[(m0 + r) * groups + g];
+    }}
+    const uint8_t *codes = p + {head};
+    const int8_t *a = xq + m0 * K + g * width;
+    for (long s = 0; s < width; s += {spec.columns}) {{
+      TILED {each_vector} {{
+        const int v = v0 + i * {by};
+{_step(spec, rows)}
+      }}
+      codes += {4 * 64 * _vectors(spec)};
+      a += {spec.columns};
+    }}
+    TILED {each_vector} {{
+      f32x16 scale = {_scale(spec)}((const uint16_t *)p + 16 * (v0 + i * {by}));
+      TILED {each_row} f[r][i] += to_float(d[r][i]) * (scale * xs[(m0 + r) * groups + g]);
+    }}
+  }}
+  TILED {each_row} {{
+    const long m = m0 + r;
+{_finish(spec, vectors)}
   }}
 }}
 """
+
+
+def _loop(spec: QuantLinearSpec, rows: int, vectors: int, gives: str) -> str:
+    """As many tiles of this size as the rows that are left hold."""
+    starts = (0,) if vectors == 4 else (0, 1 if spec.paired else 2)
+    calls = " ".join(
+        f"tile{rows}_{spec.key}({v0}, m, block, xq, xs, xsum, w, y{gives}, N, K);" for v0 in starts
+    )
+    return f"    for (; m + {rows} <= M; m += {rows}) {{ {calls} }}\n"
+
+
+def _apart(spec: QuantLinearSpec) -> int:
+    """Between the two vectors of a narrow tile: a pair is 32 channels apart."""
+    return 2 if spec.paired else 1
 
 
 def _vectors(spec: QuantLinearSpec) -> int:
@@ -156,18 +187,17 @@ def _scale(spec: QuantLinearSpec) -> str:
     return "load_f16" if spec.scale == "float16" else "load_bf16"
 
 
-def _start(spec: QuantLinearSpec) -> str:
+def _zero(spec: QuantLinearSpec, by: int) -> str:
     """Sums begin at minus the zero code times the sum of x, so that codes are used as they are."""
-    zero = f"all_int({spec.mid})" if spec.symmetric else f"widen(p + {2 * BLOCK} + 16 * (v0 + i * by))"
-    return (
-        f"      i32x16 zero = {zero};\n"
-        "      for (int r = 0; r < R; r++) d[r][i] = zero * -xsum[(m0 + r) * groups + g];"
-    )
+    return f"all_int({spec.mid})" if spec.symmetric else f"widen(p + {2 * BLOCK} + 16 * (v0 + i * {by}))"
 
 
-def _step(spec: QuantLinearSpec) -> str:
+def _step(spec: QuantLinearSpec, rows: int) -> str:
     """Unpack the planes of one vector and take each times its four columns of every row."""
-    dot = "for (int r = 0; r < R; r++) d[r][i] = dot4(d[r][i], {w}, load_word(a + r * K + {at}));"
+    dot = (
+        f"TILED for (int r = 0; r < {rows}; r++) "
+        "d[r][i] = dot4(d[r][i], {w}, load_word(a + r * K + {at}));"
+    )
     if spec.bits == 8:
         return "        u8x64 q = load_bytes(codes + 64 * v);\n        " + dot.format(w="q", at=0)
     if spec.bits != 3:
@@ -189,22 +219,22 @@ def _step(spec: QuantLinearSpec) -> str:
     return "\n".join("        " + line for line in lines)
 
 
-def _finish(spec: QuantLinearSpec) -> str:
+def _finish(spec: QuantLinearSpec, vectors: int) -> str:
     """The epilogue on each vector, then the store."""
     chain = list(spec.epilogue)
     lines = []
     if spec.paired:
         lines += [
-            "for (int i = 0; i < V / 2; i++) {",
+            f"TILED for (int i = 0; i < {vectors // 2}; i++) {{",
             "  const long n = block * COLUMNS + 16 * (v0 + i), count = N - n;",
             "  if (count <= 0) continue;",
             "  f32x16 a = f[r][i];",
             f"  a = {EPILOGUES[chain.pop(0)].c};",
-            "  a = a * f[r][i + V / 2];",
+            f"  a = a * f[r][i + {vectors // 2}];",
         ]
     else:
         lines += [
-            "for (int i = 0; i < V; i++) {",
+            f"TILED for (int i = 0; i < {vectors}; i++) {{",
             "  const long n = block * COLUMNS + 16 * (v0 + i), count = N - n;",
             "  if (count <= 0) continue;",
             "  f32x16 a = f[r][i];",
