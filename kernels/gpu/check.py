@@ -31,17 +31,19 @@ Mode = Literal["interpret", "compile"]
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One call of `launch`, and what it is to give."""
+    """One call of a kernel's module, and what it is to give."""
 
     label: str
     given: Mapping[str, Any]
-    """Arguments of `launch`, its results left out."""
+    """Arguments, the results left out."""
     due: Callable[[], Mapping[str, Tensor]]
     """Results by the name of their argument, in higher precision."""
     tolerance: float
     """of the largest magnitude that is due, for results in float32"""
     weights: int = 0
     """Weights that one turn of the loop takes; 0 when instructions are not counted by weight."""
+    entry: str = "launch"
+    """Function of the module that is called."""
 
 
 class Op(Protocol):
@@ -79,7 +81,7 @@ def interpret(op: Op, spec: KernelSpec, text: str | None) -> str:
     """The first thing that is wrong with a kernel, in words; "" when nothing is."""
     from effc.kernels.gpu.interpret import trusted
 
-    launch = load(text or op.emit(spec)).launch
+    module = load(text or op.emit(spec))
     with trusted():
         for at, case in enumerate(op.cases(spec)):
             due = case.due()
@@ -87,7 +89,7 @@ def interpret(op: Op, spec: KernelSpec, text: str | None) -> str:
             for kind in (torch.bfloat16, torch.float32)[at > 0 :]:
                 results = {name: torch.full(y.shape, torch.nan, dtype=kind) for name, y in due.items()}
                 try:
-                    launch(**case.given, **results)
+                    getattr(module, case.entry)(**case.given, **results)
                 except Exception as error:
                     return f"{case.label}: {_cause(error)}"
                 tolerance = case.tolerance if kind is torch.float32 else 2**-8
@@ -102,11 +104,11 @@ def compile(op: Op, spec: KernelSpec, text: str | None) -> list[dict[str, Any]]:
     from effc.kernels.gpu.hopper import compiled, version
     from effc.kernels.gpu.resources import resources
 
-    launch = load(text or op.emit(spec)).launch
+    module = load(text or op.emit(spec))
     found = []
     for case in op.launches(spec):
         results = {name: torch.empty(y.shape, dtype=torch.bfloat16) for name, y in case.due().items()}
-        for kernel in compiled(partial(launch, **case.given, **results)):
+        for kernel in compiled(partial(getattr(module, case.entry), **case.given, **results)):
             takes = resources(kernel)
             each = round(takes.each(case.weights), 2) if case.weights and takes.loop_products else None
             found.append(

@@ -1,0 +1,1 @@
+"""gated: the activation of one half of a row times the other half, SwiGLU and GeGLU."""
