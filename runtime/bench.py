@@ -1,4 +1,4 @@
-"""`effc bench`: tokens a second in prefill and decoding, bytes, peak memory and loss of one model."""
+"""`effc bench`: tokens a second in prefill and decoding, what they read, memory and loss of one model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch
 from effc.compiler.cost import count
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
-from effc.compiler.step import Cache
-from effc.runtime.decoder import last_logits
+from effc.runtime.bandwidth import read_rate
+from effc.runtime.choice import Choice, choose
+from effc.runtime.decoder import Ready, decoder, ready
 from effc.runtime.peak import high_water
+from effc.runtime.program_loss import program_loss
 from effc.specs.units import fmt_bytes, fmt_count, fmt_seconds
 
 
@@ -31,31 +33,57 @@ class Speed:
     first_token_seconds: float
 
 
-def speed(model: Model, prompt_tokens: int, new_tokens: int, batch: int, runs: int = 3) -> Speed:
+def speed(
+    model: Model, prompt_tokens: int, new_tokens: int, batch: int, runs: int = 3, choice: Choice | None = None
+) -> Speed:
     """Time prefill and cached decoding of random tokens; the model must be a decoder with weights."""
-    device = next(iter(model.tensors().values())).device
-    embedding: Any = model.module("embedding")
-    dice = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, embedding.vocab, (batch, prompt_tokens), generator=dice)
-    ids = drawn.to(device)
+    choice = choice or Choice("torch", None)
+    ids = prompts(model, prompt_tokens, batch)
     prefill, decode = [], []
-    with torch.inference_mode():
-        for run in range(runs + 1):
-            cache = Cache(prompt_tokens + new_tokens)
-            start = _now(device)
-            token = last_logits(model, ids, None, cache).argmax(-1)
-            read = _now(device)
-            for _ in range(new_tokens):
-                token = last_logits(model, token[:, None], None, cache).argmax(-1)
-            done = _now(device)
-            if run:  # the first run warms up
-                prefill.append(read - start)
-                decode.append((done - read) / max(1, new_tokens))
+    for run in range(runs + 1):
+        first, step = timed(model, ids, new_tokens, choice)
+        if run:  # the first run warms up
+            prefill.append(first)
+            decode.append(step)
     first, step = statistics.median(prefill), statistics.median(decode)
     return Speed(batch, prompt_tokens, new_tokens, batch * prompt_tokens / first, batch / step, first)
 
 
-def bench(model: Model, prompt_tokens: int, new_tokens: int, batch: int, data: Any = None) -> dict[str, Any]:
+def prompts(model: Model, tokens: int, batch: int) -> torch.Tensor:
+    """Random ids [batch, tokens], the same ones every time, where the model's weights lie."""
+    embedding: Any = model.module("embedding")
+    dice = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, embedding.vocab, (batch, tokens), generator=dice)
+    return drawn.to(next(iter(model.tensors().values())).device)
+
+
+@torch.inference_mode()
+def timed(model: Model, ids: torch.Tensor, new_tokens: int, choice: Choice) -> tuple[float, float]:
+    """Seconds until the first token behind ids [B, T], and of each of `new_tokens` more."""
+    start = _now(ids.device)
+    engine = decoder(model, ids.shape[0], ids.shape[1] + new_tokens, choice.kernels, choice.isa)
+    token = engine.prefill(ids, None).argmax(-1)
+    read = _now(ids.device)
+    for _ in range(new_tokens):
+        token = engine.next(token).argmax(-1)
+    return read - start, (_now(ids.device) - read) / max(1, new_tokens)
+
+
+def bytes_per_token(ready: Ready) -> int:
+    """Bytes of weights that one step must read; of the table of tokens only what the head reads too."""
+    names = {name for call in ready.lowered.plan.calls if call.op != "embed" for name in call.tensors}
+    tensors = ready.program.tensors
+    return sum(tensors[name].numel() * tensors[name].element_size() for name in names)
+
+
+def bench(
+    model: Model,
+    prompt_tokens: int,
+    new_tokens: int,
+    batch: int,
+    data: Any = None,
+    choice: Choice | None = None,
+) -> dict[str, Any]:
     """Everything `effc bench ARTEFACT` prints; `data` is opened for the model's tokenizer, or None."""
     from effc.runtime.metrics import measure
 
@@ -67,13 +95,29 @@ def bench(model: Model, prompt_tokens: int, new_tokens: int, batch: int, data: A
         "flops_per_token": cost.flops_per_token,
         "kv_bytes_per_token": cost.kv_bytes_per_token,
     }
+    choice = choice or choose(model)
+    found: Speed | None = None
     if hasattr(model.gm, "head"):
-        record |= asdict(speed(model, prompt_tokens, new_tokens, batch))
+        found = speed(model, prompt_tokens, new_tokens, batch, choice=choice)
+        record |= asdict(found) | {"kernels": choice.kernels, "isa": choice.isa, "why": choice.why}
+        record["threads"] = torch.get_num_threads()
     if data is not None:
         record["loss"] = measure(model, "loss", data)
         record["bpb"] = measure(model, "bpb", data)
+        if choice.kernels == "c":
+            record["program_loss"] = program_loss(ready(model, choice.isa), data)
     record["peak_bytes"] = high_water()
+    if found is not None and choice.kernels == "c":  # behind the peak, as the test of reading is large
+        record |= _memory(model, choice, found)
     return record
+
+
+def _memory(model: Model, choice: Choice, found: Speed) -> dict[str, Any]:
+    """What a step reads, and how that compares with reading alone."""
+    size, threads = bytes_per_token(ready(model, choice.isa)), torch.get_num_threads()
+    rate = read_rate(threads=threads)
+    share = size * found.decode_tokens_per_second / found.batch / rate
+    return {"weight_bytes_per_token": size, "read_rate": rate, "read_share": share}
 
 
 def bench_text(record: dict[str, Any]) -> str:
@@ -89,11 +133,27 @@ def bench_text(record: dict[str, Any]) -> str:
             ("prefill", f"{record['prefill_tokens_per_second']:,.0f} tokens/s"),
             ("decode", f"{record['decode_tokens_per_second']:,.1f} tokens/s"),
             ("first token after", fmt_seconds(record["first_token_seconds"])),
+            ("kernels", _kernels(record)),
         ]
+    if "read_rate" in record:
+        each, rate = fmt_bytes(record["weight_bytes_per_token"]), fmt_bytes(int(record["read_rate"]))
+        share = f"{record['read_share']:.0%} of the {rate}/s at which memory is read here"
+        share += " (they stay in a cache)" if record["read_share"] > 1 else ""
+        lines.append(("weights a token", f"{each} read, {share}"))
     if "loss" in record:
         lines += [("loss", f"{record['loss']:.4f} nats a token"), ("", f"{record['bpb']:.4f} bits a byte")]
+    if "program_loss" in record:
+        change = record["program_loss"] / record["loss"] - 1
+        lines.append(("", f"{record['program_loss']:.4f} nats a token by the C program ({change:+.2%})"))
     lines.append(("peak memory", fmt_bytes(record["peak_bytes"])))
     return "\n".join(f"{what:<18}{value}" for what, value in lines)
+
+
+def _kernels(record: dict[str, Any]) -> str:
+    threads = f"{record['threads']} threads" if record["threads"] > 1 else "one thread"
+    if record["kernels"] == "c":
+        return f"a C program for {record['isa']}, {threads}"
+    return f"torch, {threads}" + (f": {record['why']}" if record["why"] else "")
 
 
 def _now(device: torch.device) -> float:

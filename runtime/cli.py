@@ -150,6 +150,15 @@ def _sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
     p.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens of mass P")
     p.add_argument("--seed", type=int, default=0)
+    _kernels(p)
+
+
+def _kernels(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--kernels", choices=("auto", "c", "torch"), default="auto",
+        help="auto: one C program where the model has one (default), else torch",
+    )  # fmt: skip
+    p.add_argument("--isa", choices=("avx512", "avx2", "portable"), help="instructions of the C program")
 
 
 def _model(p: argparse.ArgumentParser) -> None:
@@ -165,6 +174,10 @@ def _bench(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     p.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     p.add_argument("--batch", type=int, default=1)
+    _kernels(p)
+    p.add_argument(
+        "--against", choices=("transformers",), help="also run the same weights, dense, in transformers"
+    )
 
 
 def _show(p: argparse.ArgumentParser) -> None:

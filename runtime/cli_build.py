@@ -7,11 +7,14 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effc.dsl.read import Checked
 from effc.runtime import front
 from effc.specs.diagnostic import Diagnostic
+
+if TYPE_CHECKING:
+    from effc.runtime.compiled import Compiled
 
 CONTRACT_FAILED = 3
 
@@ -42,6 +45,7 @@ def compile(options: argparse.Namespace) -> int:
         result = front.compile(each.recipe, options.store, options.device, options.tiny, [watch])
         record = result.as_json(expected) | _about(each, expected)
         record["warnings"] = [*expected["warnings"], *record["warnings"]]
+        record["kernels"] = _kernels(result)
         _finish_exports(record)
         pages = [options.store / "reports" / f"{_named(each)}.html"]
         for page in pages if options.report is None else [*pages, options.report]:
@@ -56,6 +60,15 @@ def compile(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(records)
     return CONTRACT_FAILED if failed else 0
+
+
+def _kernels(result: Compiled) -> dict[str, Any]:
+    """Which kernel runs each node of the last model that is exported, or of the last one."""
+    from effc.runtime.kernel_table import kernels_of
+
+    name = result.exports[-1].model if result.exports else result.stages[-1].name
+    smallest = min((e.model for e in result.exports), key=lambda n: result.stage(n).cost.bytes, default=name)
+    return {"model": smallest, **kernels_of(result.models[smallest])}
 
 
 def _planned(each: Checked, options: argparse.Namespace, weights: bool = False) -> dict[str, Any]:

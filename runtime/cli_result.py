@@ -13,6 +13,7 @@ from effc.specs.diagnostic import Diagnostic, EffcError
 
 if TYPE_CHECKING:
     from effc.compiler.model import Model
+    from effc.runtime.choice import Choice
 
 RECIPES = (".effc", ".yaml", ".yml")
 
@@ -29,6 +30,7 @@ def run(options: argparse.Namespace) -> int:
             Diagnostic("E680", "there is no prompt", help='write --prompt "def add(" or --prompts FILE')
         )
     model = _model(options.model, options.device)
+    choice = _choice(model, options)
     texts = complete(
         model,
         prompts,
@@ -37,6 +39,8 @@ def run(options: argparse.Namespace) -> int:
         top_k=options.top_k or 0,
         top_p=1.0 if options.top_p is None else options.top_p,
         seed=options.seed,
+        kernels=choice.kernels,
+        isa=choice.isa,
     )
     if options.json:
         _print_json([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)])
@@ -67,13 +71,21 @@ def bench(options: argparse.Namespace) -> int:
     from effc.runtime.bench import bench_text
 
     model = _model(options.model, options.device)
-    record = measured(
-        model, options.prompt_tokens, options.max_new_tokens, options.batch, _data(model, options.data)
-    )
+    choice = _choice(model, options)
+    size = (options.prompt_tokens, options.max_new_tokens, options.batch)
+    record = measured(model, *size, _data(model, options.data), choice)
+    against: dict[str, Any] = {}
+    if options.against is not None:
+        from effc.runtime.against import against as compared
+        from effc.runtime.against import against_text
+
+        against = {"against": compared(model, *size, choice)}
     if options.json:
-        _print_json({"model": options.model, **record})
+        _print_json({"model": options.model, **record, **against})
     else:
         print(bench_text(record))
+        if against:
+            print(against_text(against["against"]))
     return 0
 
 
@@ -165,6 +177,16 @@ def _model(where: str, device: str | None, weights: bool = True) -> Model:
 
     model = load(where)
     return model.materialize(device=device) if weights else model
+
+
+def _choice(model: Model, options: argparse.Namespace) -> Choice:
+    """The kernels that run the model; where they are torch's unasked, stderr says why."""
+    from effc.runtime.choice import choose
+
+    choice = choose(model, options.kernels, options.isa)
+    if choice.why:
+        print(f"effc: the model runs in torch: {choice.why}", file=sys.stderr)
+    return choice
 
 
 def _data(model: Model, name: str) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from effc.compiler.blocks import Attention
 from effc.compiler.blocks.rope import changes
 from effc.compiler.model import Model
+from effc.kernels.cpu.isa import Isa
 from effc.runtime.decoder import Kernels, decoder
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -45,12 +46,14 @@ def generate(
     pad: int = 0,
     watch: Callable[[Tensor], None] | None = None,
     kernels: Kernels = "auto",
+    isa: Isa | None = None,
 ) -> Tensor:
     """ids [B, T] and up to `max_new_tokens` more -> [B, T + n].
 
     A row that has drawn a token of `eos` is filled with `pad`; generation ends when every row has. Each row
     draws from a stream of its own, keyed by seed and row, so no row's sample depends on another's. `watch`
-    sees the new tokens [B] of every step. `kernels`: torch, c, or auto, which is c for packed weights.
+    sees the new tokens [B] of every step. `kernels`: torch, c, or auto, which is c for packed weights;
+    `isa`: the instructions of a C program, by default the fastest that the processor has.
 
     Raises:
         EffcError: E630 for padding that is not on the left or an empty prompt, E631 when the sequence would
@@ -66,7 +69,7 @@ def generate(
     ropes = _ropes(model)
     out, token = ids, None
     with torch.inference_mode():
-        engine = decoder(model, ids.shape[0], longest, kernels)
+        engine = decoder(model, ids.shape[0], longest, kernels, isa)
         for _ in range(max_new_tokens):
             logits = engine.prefill(out, mask) if token is None else engine.next(token)
             token = torch.where(ended, pad, choose(logits, sampling, streams))
@@ -80,7 +83,7 @@ def generate(
             if mask is not None:
                 mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
             if any(changes(rope, n) for rope in ropes for n in lengths):
-                token, engine = None, decoder(model, ids.shape[0], longest, kernels)
+                token, engine = None, decoder(model, ids.shape[0], longest, kernels, isa)
     return out.clone()
 
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from effc.compiler.model import Model
+from effc.kernels.cpu.isa import Isa
 from effc.runtime.data._vocabulary import Vocabulary
+from effc.runtime.decoder import Kernels
 from effc.runtime.generate import generate
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -20,6 +22,8 @@ def complete(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
+    kernels: Kernels = "auto",
+    isa: Isa | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, without the prompt.
 
@@ -46,6 +50,8 @@ def complete(
         seed=seed,
         eos=ends,
         pad=ends[0] if ends else 0,
+        kernels=kernels,
+        isa=isa,
     )
     return [_decoded(vocabulary, row[longest:].tolist(), ends) for row in out]
 

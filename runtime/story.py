@@ -14,6 +14,7 @@ from effc.dsl.resolved import flat_names, text_of
 from effc.runtime import artifact
 from effc.runtime.catalogue import catalogue
 from effc.runtime.compiled import Compiled, ExpectRun, StageRun
+from effc.runtime.kernel_table import kernel_lines, kernels_of
 from effc.runtime.report import page
 from effc.runtime.report_words import many
 from effc.runtime.store import Store
@@ -33,6 +34,7 @@ def story_of(compiled: Compiled, expects: Sequence[ExpectRun], model: str, store
     record = compiled.as_json() | {
         "stages": [s.as_json() for s in made],
         "expects": [e.as_json() for e in expects],
+        "kernels": {"model": model, **kernels_of(compiled.models[model])},
     }
     source = compiled.recipe.source
     joined = source is not None and bool(_USE.search(source.text))
@@ -97,7 +99,10 @@ def explained(folder: Path, stage: str | None) -> dict[str, Any]:
         )
     locked: Mapping[str, Any] = next((s for s in told.lock.get("stages", ()) if s["name"] == name), {})
     edits = [list(edit[1:]) for edit in told.edits if edit[0] == name]
-    return dict(stages[name]) | {"parts": locked.get("parts"), "log": edits}
+    told_more: dict[str, Any] = {"parts": locked.get("parts"), "log": edits}
+    if name == told.lock.get("model"):
+        told_more["kernels"] = kernels_of(artifact.read(folder))
+    return dict(stages[name]) | told_more
 
 
 def explained_text(record: Mapping[str, Any]) -> str:
@@ -126,6 +131,12 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
         worst = sorted(record["errors"].items(), key=lambda item: -item[1])[:5]
         yield "largest errors"
         yield from ("  " + line for line in table([(p, f"{e:.3g}") for p, e in worst], left=1))
+    if (kernels := record.get("kernels")) is not None:
+        if kernels["rows"]:
+            yield "kernels, on a CPU"
+            yield from ("  " + line for line in table(kernel_lines(kernels), left=4))
+        else:
+            yield f"no C program, so torch runs the model: {kernels['why']}"
     if record["log"]:
         yield many(len(record["log"]), "edit")
         yield from ("  " + line for line in table(record["log"][:_EDITS_SHOWN], left=3))

@@ -1,0 +1,233 @@
+"""One contender of benchmarks/decode.py, a process of its own: loads a model, then times what it is asked.
+
+    PYTHON contender.py NAME FOLDER THREADS
+
+Says "@ {...}" once it is ready: its version, and what more there is to know. Then every line
+`batch prompt new` on stdin is one run, answered by a line "@ {...}" with the seconds of `prefill` and of a
+`step`, and the processor seconds (`work`) of a step. NAME is one of CONTENDERS and its setting, as in
+`effc:4`; FOLDER has the layout of Hugging Face, and beside it lie FOLDER.q4_0.gguf and FOLDER.q8_0.gguf.
+Imports nothing that its contender does not need.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import random
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+Ids = list[list[int]]
+
+
+class Effc:
+    """The generated C program. Setting: float32, bfloat16, 4 or 8 (bits; groups of 64, head of 8 bits)."""
+
+    def __init__(self, setting: str, folder: str, threads: int) -> None:
+        import torch
+
+        from effc.compiler.rewrite import Rewriter
+        from effc.passes.quantize.rtn import RTN
+        from effc.runtime.bench import bytes_per_token
+        from effc.runtime.decoder import ProgramDecoder, ready
+        from effc.runtime.load import load
+
+        torch.set_num_threads(threads)
+        model = load(folder, dtype={"float32": "fp32", "bfloat16": "bf16"}.get(setting)).materialize()
+        if setting.isdigit():
+            rewriter = Rewriter(model)
+            head = {"on": "head", "bits": 8}
+            RTN(bits=int(setting), group=64, rules=[head]).rewrite(rewriter)
+            model = rewriter.done()
+        self.ready, self.decoder = ready(model, None, threads), ProgramDecoder
+        self.vocab = self.ready.lowered.plan.vocab
+        self.about = {"bytes": bytes_per_token(self.ready)}
+
+    def prefill(self, ids: Ids, longest: int) -> Any:
+        import torch
+
+        self.engine = self.decoder(self.ready, len(ids), longest)
+        return self.engine.prefill(torch.tensor(ids), None).argmax(-1)
+
+    def step(self, tokens: Any) -> Any:
+        return self.engine.next(tokens).argmax(-1)
+
+
+class Transformers:
+    """Eager transformers. Setting: float32, bfloat16, or int8 for torch's dynamic quantization."""
+
+    def __init__(self, setting: str, folder: str, threads: int) -> None:
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        dtype = torch.bfloat16 if setting == "bfloat16" else torch.float32
+        self.model: Any = self.load(transformers, setting, folder, dtype).eval()
+        if setting == "int8":
+            self.model = torch.ao.quantization.quantize_dynamic(self.model, {torch.nn.Linear})
+        self.vocab = self.model.config.vocab_size
+        self.about = {"version": f"transformers {transformers.__version__}"}
+
+    def load(self, transformers: Any, setting: str, folder: str, dtype: Any) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+    def prefill(self, ids: Ids, longest: int) -> Any:
+        import torch
+
+        self.past: Any = None
+        return self.step(torch.tensor(ids))
+
+    def step(self, tokens: Any) -> Any:
+        tokens = tokens[:, None] if tokens.ndim == 1 else tokens
+        out = self.model(input_ids=tokens, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        self.past = out.past_key_values
+        return out.logits[:, -1].argmax(-1)
+
+
+class Torchao(Transformers):
+    """Setting: int8 (weights alone) or int8-dynamic."""
+
+    def load(self, transformers: Any, setting: str, folder: str, dtype: Any) -> Any:
+        ao: Any = import_module("torchao.quantization")
+        model = super().load(transformers, "", folder, dtype)
+        dynamic = setting == "dynamic8"
+        made = ao.Int8DynamicActivationInt8WeightConfig() if dynamic else ao.Int8WeightOnlyConfig()
+        ao.quantize_(model, made)
+        return model
+
+
+class Bitsandbytes(Transformers):
+    """Setting: nf4 or llm8."""
+
+    def load(self, transformers: Any, setting: str, folder: str, dtype: Any) -> Any:
+        four = setting == "nf4"
+        given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"} if four else {"load_in_8bit": True}
+        config = transformers.BitsAndBytesConfig(**given)
+        auto = transformers.AutoModelForCausalLM
+        return auto.from_pretrained(folder, dtype=dtype, quantization_config=config, device_map="cpu")
+
+
+class Hqq(Transformers):
+    """Setting: 4 or 8 bits, groups of 64."""
+
+    def load(self, transformers: Any, setting: str, folder: str, dtype: Any) -> Any:
+        config = transformers.HqqConfig(nbits=int(setting), group_size=64)
+        auto = transformers.AutoModelForCausalLM
+        return auto.from_pretrained(folder, dtype=dtype, quantization_config=config, device_map="cpu")
+
+
+class Quanto(Transformers):
+    """Setting: qint8 or qint4."""
+
+    def load(self, transformers: Any, setting: str, folder: str, dtype: Any) -> Any:
+        quanto: Any = import_module("optimum.quanto")
+        model = super().load(transformers, "", folder, dtype)
+        quanto.quantize(model, weights=getattr(quanto, setting))
+        quanto.freeze(model)
+        return model
+
+
+class LlamaCpp:
+    """Setting: q4_0 or q8_0; `q4_0-plain` without the kernels that store weights in another order."""
+
+    def __init__(self, setting: str, folder: str, threads: int) -> None:
+        import llama_cpp
+
+        self.c, self.threads = llama_cpp.llama_cpp, threads
+        self.c.llama_backend_init()
+        self.quiet = self.c.llama_log_callback(lambda level, text, data: None)
+        self.c.llama_log_set(self.quiet, None)
+        given = self.c.llama_model_default_params()
+        given.use_extra_bufts = not setting.endswith("-plain")
+        path = f"{folder}.{setting.removesuffix('-plain')}.gguf"
+        self.model = self.c.llama_model_load_from_file(path.encode(), given)
+        if not self.model:
+            raise SystemExit(f"llama.cpp does not load {path}")
+        self.vocab = self.c.llama_vocab_n_tokens(self.c.llama_model_get_vocab(self.model))
+        self.context: Any = None
+        self.about = {"version": f"llama-cpp-python {llama_cpp.__version__}"}
+
+    def prefill(self, ids: Ids, longest: int) -> Any:
+        if self.context is not None:
+            self.c.llama_free(self.context)
+        given = self.c.llama_context_default_params()
+        given.n_ctx, given.n_seq_max = len(ids) * -(-longest // 256) * 256, len(ids)
+        given.n_batch = given.n_ubatch = max(512, len(ids) * len(ids[0]))
+        given.n_threads = given.n_threads_batch = self.threads
+        self.context = self.c.llama_init_from_model(self.model, given)
+        self.at = 0
+        return self._decode(ids)
+
+    def step(self, tokens: list[int]) -> Any:
+        return self._decode([[token] for token in tokens])
+
+    def _decode(self, ids: Ids) -> list[int]:
+        count, length = len(ids) * len(ids[0]), len(ids[0])
+        batch = self.c.llama_batch_init(count, 0, 1)
+        batch.n_tokens, lasts = count, []
+        for row, sequence in enumerate(ids):
+            for place, token in enumerate(sequence):
+                i = row * length + place
+                batch.token[i], batch.pos[i] = token, self.at + place
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
+                batch.logits[i] = place == length - 1
+            lasts.append(row * length + length - 1)
+        if self.c.llama_decode(self.context, batch):
+            raise SystemExit("llama.cpp refuses the batch")
+        self.at += length
+        tokens = [self._likeliest(self.c.llama_get_logits_ith(self.context, i)) for i in lasts]
+        self.c.llama_batch_free(batch)
+        return tokens
+
+    def _likeliest(self, logits: Any) -> int:
+        import numpy as np
+
+        place = ctypes.addressof(logits.contents)
+        return int(np.ctypeslib.as_array((ctypes.c_float * self.vocab).from_address(place)).argmax())
+
+
+CONTENDERS: dict[str, Callable[[str, str, int], Any]] = {
+    "effc": Effc,
+    "transformers": Transformers,
+    "torchao": Torchao,
+    "bitsandbytes": Bitsandbytes,
+    "hqq": Hqq,
+    "quanto": Quanto,
+    "llama.cpp": LlamaCpp,
+}
+
+
+def timed(contender: Any, batch: int, prompt: int, new: int) -> dict[str, float]:
+    """Seconds of reading the prompts, and of one step behind them."""
+    dice = random.Random(0)
+    ids = [[dice.randrange(contender.vocab) for _ in range(prompt)] for _ in range(batch)]
+    start = time.perf_counter()
+    tokens = contender.prefill(ids, prompt + new)
+    read, worked = time.perf_counter(), time.process_time()
+    for _ in range(new):
+        tokens = contender.step(tokens)
+    each = max(1, new)
+    step, work = (time.perf_counter() - read) / each, (time.process_time() - worked) / each
+    return {"prefill": read - start, "step": step, "work": work}
+
+
+def main() -> None:
+    name, folder, threads = sys.argv[1:]
+    kind, _, setting = name.partition(":")
+    contender = CONTENDERS[kind](setting, folder, int(threads))
+    print("@", json.dumps(contender.about), flush=True)
+    inference: Any = None
+    if not isinstance(contender, LlamaCpp):
+        import torch
+
+        inference = torch.inference_mode()
+        inference.__enter__()
+    for line in sys.stdin:
+        print("@", json.dumps(timed(contender, *map(int, line.split()))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Choice: which kernels run a model here, and why not others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from effc.compiler.model import Model
+from effc.kernels.cpu.isa import Isa, available
+from effc.passes.lower.decoder import Unlowered
+from effc.runtime.decoder import Kernels, ready
+from effc.specs.diagnostic import Diagnostic, EffcError
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `--kernels` and `--isa` come to."""
+
+    kernels: Literal["c", "torch"]
+    isa: Isa | None
+    """Of a C program."""
+    why: str = ""
+    """Why it is torch where the program was not declined; empty otherwise."""
+
+    @property
+    def words(self) -> str:
+        """As `effc bench` prints it."""
+        if self.isa is not None:
+            return f"a C program for {self.isa}"
+        return f"torch: {self.why}" if self.why else "torch"
+
+
+def choose(model: Model, kernels: Kernels = "auto", isa: str | None = None) -> Choice:
+    """auto: the C program, dense weights too, whenever there is one; it is compiled here.
+
+    Raises:
+        EffcError: E503 when a program is asked for and there is none, or not for this processor.
+    """
+    if kernels == "torch":
+        return Choice("torch", None)
+    chosen = Isa(isa) if isa else available()[0]
+    if chosen not in available():
+        had = f"it has {', '.join(available())}"
+        raise EffcError(
+            Diagnostic("E503", f"this processor has no {chosen}", notes=(had,), help="leave out `--isa`")
+        )
+    try:
+        if not hasattr(model.gm, "head"):
+            raise Unlowered("it has no head that could write text")
+        ready(model, chosen)
+    except Unlowered as reason:
+        if kernels == "c":
+            help = "leave out `--kernels c`: the model runs in torch"
+            note = str(reason)
+            raise EffcError(
+                Diagnostic("E503", "the model has no C program", notes=(note,), help=help)
+            ) from None
+        return Choice("torch", None, str(reason))
+    return Choice("c", chosen)
