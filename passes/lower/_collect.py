@@ -72,7 +72,7 @@ class _Collector:
         self._add(self._norm(flat), self.widths[x])
 
     def _linear(self, flat: FlatOp) -> None:
-        x, weight, bias = flat.op.takes
+        x, weight, bias = (*flat.op.takes, None)[:3]
         matrix = self._matrix(weight, bias)
         job = Linear([self._value(x)], list(flat.op.gives), [matrix.unit], matrices=[matrix])
         if matrix.bias is not None:

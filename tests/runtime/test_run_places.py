@@ -44,7 +44,7 @@ def test_a_weight_that_is_not_finite_points_at_the_stage_that_met_it(work: Workp
 
 
 def test_a_problem_with_an_argument_points_at_it(work: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("effc.passes.quantize._pieces.factor", lambda h, damp: None)
+    monkeypatch.setattr("effc.passes.quantize._pieces.factor", lambda h, damp, order: None)
     problem, place = refused(work, RECIPE.replace("samples = 8", "samples = 8, damp = 2%"))
     assert problem.code == "E422"
     assert place == "damp = 2%"
