@@ -74,18 +74,16 @@ def bench(options: argparse.Namespace) -> int:
     choice = _choice(model, options)
     size = (options.prompt_tokens, options.max_new_tokens, options.batch)
     record = measured(model, *size, _data(model, options.data), choice)
-    against: dict[str, Any] = {}
+    text = bench_text(record)
     if options.against is not None:
-        from effc.runtime.against import against as compared
-        from effc.runtime.against import against_text
+        from effc.runtime.against import against, against_text
 
-        against = {"against": compared(model, *size, choice)}
+        record["against"] = against(model, *size, choice)
+        text += f"\n{against_text(record['against'])}"
     if options.json:
-        _print_json({"model": options.model, **record, **against})
+        _print_json({"model": options.model, **record})
     else:
-        print(bench_text(record))
-        if against:
-            print(against_text(against["against"]))
+        print(text)
     return 0
 
 

@@ -17,8 +17,8 @@ from effc.compiler.cost import count
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.compiler.step import Cache
-from effc.runtime.evaluate import accuracy, bits_per_byte, loss
 from effc.runtime.decoder import last_logits
+from effc.runtime.evaluate import accuracy, bits_per_byte, loss
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 COUNTED = ("bytes", "params", "flops", "kv_bytes")

@@ -20,7 +20,7 @@ from effc.specs.target import NARROW
 WIDTH, HIDDEN, HEADS = NARROW, 704, 4
 BATCH, LENGTH = 4, 256
 FORWARD = 16
-"""Sequences of a forward pass: calibrations and losses run 4096 tokens at once, which caches hold less well."""
+"""Sequences of a forward pass: calibrations and losses run 4096 tokens at once, which caches hold worse."""
 _RUNS = 5
 
 

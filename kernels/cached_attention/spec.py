@@ -27,18 +27,18 @@ class CachedAttentionSpec(KernelSpec, frozen=True):
     head_dim: int = Field(gt=0)
     scale: float
     """What scores are multiplied by; the written queries hold it already."""
-    cap: float | None = Field(None, gt=0)
+    cap: float | None = Field(default=None, gt=0)
     """Scores become cap tanh(score / cap)."""
-    rotated: int = Field(0, ge=0)
+    rotated: int = Field(default=0, ge=0)
     """Dimensions of a head that turn with the position, in halves; 0: none."""
-    norm: float = Field(0.0, ge=0)
+    norm: float = Field(default=0.0, ge=0)
     """eps of the RMS norms over each head of q and k, before they turn; 0: no norms."""
     norm_offset: float = 0.0
     """What is added to the gains of these norms."""
     causal: bool = True
-    window: int | None = Field(None, gt=0)
+    window: int | None = Field(default=None, gt=0)
     """Keys that a token may see, its own included; None: all before it."""
-    ring: int = Field(0, ge=0)
+    ring: int = Field(default=0, ge=0)
     """Tokens of one sequence that a call may bring when the cache keeps the window alone; 0: it keeps all."""
     cell: Literal["float32", "bfloat16"] = "float32"
     """How the cache stores a number; bfloat16 is rounded to nearest, ties to even."""
