@@ -8,7 +8,7 @@ from typing import Literal
 from effc.compiler.model import Model
 from effc.kernels.cpu.isa import Isa, available
 from effc.passes.lower.decoder import Unlowered
-from effc.runtime.decoder import Kernels, ready
+from effc.runtime.decoder import Kernels, no_program, ready
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 
@@ -50,10 +50,6 @@ def choose(model: Model, kernels: Kernels = "auto", isa: str | None = None) -> C
         ready(model, chosen)
     except Unlowered as reason:
         if kernels == "c":
-            help = "leave out `--kernels c`: the model runs in torch"
-            note = str(reason)
-            raise EffcError(
-                Diagnostic("E503", "the model has no C program", notes=(note,), help=help)
-            ) from None
+            raise no_program(reason) from None
         return Choice("torch", None, str(reason))
     return Choice("c", chosen)

@@ -141,12 +141,14 @@ def decoder(
         return ProgramDecoder(ready(model, isa), batch, longest)
     except Unlowered as reason:
         if kernels == "c":
-            help = "leave out `--kernels c`: the model runs in torch"
-            note = str(reason)
-            raise EffcError(
-                Diagnostic("E503", "the model has no C program", notes=(note,), help=help)
-            ) from None
+            raise no_program(reason) from None
         return TorchDecoder(_by_torch(model) if packed and compiler() is None else model, longest)
+
+
+def no_program(reason: Unlowered) -> EffcError:
+    """E503 for a model that was asked to run in C."""
+    help = "leave out `--kernels c`: the model runs in torch"
+    return EffcError(Diagnostic("E503", "the model has no C program", notes=(str(reason),), help=help))
 
 
 def _by_torch(model: Model) -> Model:

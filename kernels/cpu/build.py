@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from effc.kernels.cpu.isa import Isa
-from effc.specs import user_cache
+from effc.kernels.place import folder
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 _COMMON = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-w")
@@ -51,11 +51,11 @@ def build(text: str, isa: Isa, extra: tuple[str, ...] = ()) -> Path:
     path, version = found
     flags = (*_COMMON, *isa.flags, *extra)
     name = hashlib.sha256("\0".join((text, version, *flags)).encode()).hexdigest()[:24]
-    folder = _folder()
-    library = folder / f"{name}.so"
+    place = folder()
+    library = place / f"{name}.so"
     if library.is_file():
         return library
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as aside:
+    with tempfile.TemporaryDirectory(dir=place, prefix=".build-") as aside:
         source, made = Path(aside) / f"{name}.c", Path(aside) / f"{name}.so"
         source.write_text(text, encoding="utf-8")
         command = [path, *flags, "-o", str(made), str(source), "-lm"]
@@ -65,7 +65,7 @@ def build(text: str, isa: Isa, extra: tuple[str, ...] = ()) -> Path:
             raise _refused(str(error)) from error
         if done.returncode:
             raise _refused(done.stderr)
-        os.replace(source, folder / f"{name}.c")
+        os.replace(source, place / f"{name}.c")
         os.replace(made, library)
     return library
 
@@ -74,20 +74,6 @@ def build(text: str, isa: Isa, extra: tuple[str, ...] = ()) -> Path:
 def load(library: Path) -> ctypes.CDLL:
     """The library, loaded once."""
     return ctypes.CDLL(str(library))
-
-
-@cache
-def _folder() -> Path:
-    """The cache of libraries, or a folder of this process when the user's cannot be trusted or written."""
-    folder = user_cache.folder() / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = folder.stat()
-        if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="effc-kernels-"))
 
 
 def _refused(words: str) -> EffcError:

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from effc.specs import user_cache
+from effc.kernels.place import folder
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 
@@ -48,7 +48,7 @@ def load(text: str) -> ModuleType:
 def place(text: str) -> Path:
     """The file that holds `text`, written when it is not there."""
     data = text.encode()
-    path = _folder() / f"{hashlib.sha256(data).hexdigest()[:24]}.py"
+    path = folder() / f"{hashlib.sha256(data).hexdigest()[:24]}.py"
     if path.is_file() and path.read_bytes() == data:
         return path
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".text-")
@@ -56,17 +56,3 @@ def place(text: str) -> Path:
         file.write(data)
     os.replace(aside, path)
     return path
-
-
-@cache
-def _folder() -> Path:
-    """The cache of texts, or a folder of this process when the user's cannot be trusted or written."""
-    folder = user_cache.folder() / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = folder.stat()
-        if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="effc-kernels-"))

@@ -6,6 +6,8 @@ them, so the loads are one stream. With more rows, a tile of rows shares each un
 
 from __future__ import annotations
 
+from functools import cache
+
 from effc.kernels.cpu.parts import PARTS
 from effc.kernels.cpu.team import TEAM_HEADER
 from effc.kernels.cpu.vectors import VECTORS
@@ -71,6 +73,7 @@ void quant_linear(struct arguments *a) { a->team->run(work, a, a->members); }
 """
 
 
+@cache
 def emit(spec: QuantLinearSpec) -> str:
     """A file that compiles on its own: the shared text, the kernel, and an entry that the team runs."""
     names = operands(spec.epilogue)

@@ -76,7 +76,7 @@ def test_text_becomes_a_module_named_by_its_content(tmp_path: Path, monkeypatch:
     from effc.kernels.gpu import load
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    load._folder.cache_clear()
+    load.folder.cache_clear()
     load.load.cache_clear()
     try:
         module = load.load('"""A kernel."""\n\nNUMBER = 3\n')
@@ -90,8 +90,8 @@ def test_text_becomes_a_module_named_by_its_content(tmp_path: Path, monkeypatch:
         with pytest.raises(ZeroDivisionError):
             load.load("1 / 0")
         path.parent.chmod(0o777)  # others could put a file there
-        load._folder.cache_clear()
+        load.folder.cache_clear()
         assert load.place("NUMBER = 5\n").parent != path.parent
     finally:
-        load._folder.cache_clear()
+        load.folder.cache_clear()
         load.load.cache_clear()
