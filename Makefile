@@ -46,8 +46,8 @@ fmt: $(VENV)/.dev  ## format and sort imports
 golden: $(VENV)/.installed  ## rewrite the golden files; read the diff before committing
 	$(BIN)/pytest -W error --update-golden tests
 
-claims: $(VENV)/.installed  ## slow proofs of what each method promises
-	$(BIN)/pytest -W error -m claim --durations=0 tests
+claims: $(VENV)/.installed  ## slow proofs of what each method promises; ONLY=tests/... for some of them
+	$(BIN)/pytest -W error -m claim --write-claims --durations=0 $(or $(ONLY),tests)
 
 # Beside the installed one, whose version constraints.txt pins: what runs beside torch 2.11 on a GPU.
 $(VENV)/triton-3.6.0: | $(VENV)/.installed

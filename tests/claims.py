@@ -1,8 +1,10 @@
 """Claims as a table: what each method promises, what was measured, and whether it holds.
 
-A claim test may ask for `measured` and hand it each number with its limit. `make claims`, which runs all
-claims and nothing else, leaves docs/claims.md and docs/claims.json; a claim that fails is in the table as
-failed, also where its test expects that, and one that measures no number has a row with its sentence.
+A claim test may ask for `measured` and hand it each number with its limit. `make claims` leaves
+docs/claims.md and docs/claims.json: `--write-claims` puts the rows of each test that has run in place of its
+old ones, so that one file of claims can be run again alone, and a run of all drops the rows of tests that
+are gone. A claim that fails is in the table as failed, also where its test expects that; one without numbers
+has its sentence.
 """
 
 from __future__ import annotations
@@ -59,36 +61,43 @@ def measured(request: pytest.FixtureRequest) -> Measured:
 
 
 def whole(config: pytest.Config) -> bool:
-    """Whether this run is of all claims: nothing narrows it, and it is not a part of a divided run."""
-    narrowed = config.getoption("keyword") or config.getoption("lf", False) or config.getoption("collectonly")
+    """Whether this run is of all claims: nothing narrows it."""
+    narrowed = config.getoption("keyword") or config.getoption("lf", False)
     everywhere = [Path(a).resolve() for a in config.args] in ([FOLDER.parent], [FOLDER.parent / "tests"])
-    return (
-        config.getoption("markexpr") == "claim"
-        and everywhere
-        and not narrowed
-        and not hasattr(config, "workerinput")
-    )
+    return config.getoption("markexpr") == "claim" and everywhere and not narrowed
 
 
 class Table:
-    """Gathers the rows of a run and writes them when it has come to its end."""
+    """The rows on disk, brought up to date as each test ends: a run that dies loses one test."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rows: list[Row] = []
+    def __init__(self, folder: Path, whole: bool) -> None:
+        self.folder, self.whole = folder, whole
+        self.rows: dict[str, list[Row]] = {}
+        """Rows by test."""
+        self.run: set[str] = set()
+        if (old := folder / "claims.json").is_file():
+            for row in json.loads(old.read_text()):
+                self.rows.setdefault(row["test"], []).append(Row(**row))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when == "call" or report.outcome != "passed":
-            self.rows += rows_of(report)
+        if report.when != "call" and report.outcome == "passed":
+            return
+        if report.nodeid not in self.run:
+            self.rows[report.nodeid] = []
+        self.run.add(report.nodeid)
+        self.rows[report.nodeid] += rows_of(report)
+        self.write()
 
     def pytest_sessionfinish(self, exitstatus: int) -> None:
-        ended = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-        if ended and self.rows:
-            self.folder.mkdir(exist_ok=True)
-            (self.folder / "claims.md").write_text(page(self.rows))
-            (self.folder / "claims.json").write_text(
-                json.dumps([asdict(r) for r in self.rows], indent=1) + "\n"
-            )
+        if self.whole and exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+            self.rows = {test: rows for test, rows in self.rows.items() if test in self.run}
+            self.write()
+
+    def write(self) -> None:
+        rows = [row for found in self.rows.values() for row in found]
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / "claims.md").write_text(page(rows))
+        (self.folder / "claims.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
 
 
 def rows_of(report: pytest.TestReport) -> Iterator[Row]:

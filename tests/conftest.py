@@ -11,8 +11,9 @@ __all__ = ["measured"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite golden files; read the diff after")
+    parser.addoption("--write-claims", action="store_true", help="bring docs/claims.* up to date")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if whole(config):
-        config.pluginmanager.register(Table(FOLDER), "claims")
+    if config.getoption("--write-claims") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Table(FOLDER, whole(config)), "claims")

@@ -39,11 +39,14 @@ CONFTEST = """
 from pathlib import Path
 from tests import claims
 from tests.claims import measured
-claims.FOLDER = Path(__file__).parents[1] / "docs"
+claims.FOLDER = Path(__file__).parent / "docs"
+
+def pytest_addoption(parser):
+    parser.addoption("--write-claims", action="store_true")
 
 def pytest_configure(config):
-    if claims.whole(config):
-        config.pluginmanager.register(claims.Table(claims.FOLDER))
+    if config.getoption("--write-claims"):
+        config.pluginmanager.register(claims.Table(claims.FOLDER, claims.whole(config)))
 """
 
 
@@ -51,7 +54,7 @@ def pytest_configure(config):
 def project(tmp_path: Path) -> Path:
     (tmp_path / "checks").mkdir()
     (tmp_path / "checks" / "test_some_method.py").write_text(CLAIMS)
-    (tmp_path / "checks" / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = claim\n")
     return tmp_path
 
@@ -66,7 +69,7 @@ def claims(project: Path, *words: str) -> str:
 
 
 def test_all_claims_have_a_row_and_failures_are_shown(project: Path) -> None:
-    text = claims(project, "-m", "claim")
+    text = claims(project, "-m", "claim", "--write-claims")
     assert "| prune.wanda | loses less | 0.25 < 1; 1.25 < 1 | **fails** in 1 of 2 |" in text
     assert "| prune.wanda | is never reached by seed 1 | 2 > 1 | holds |" in text
     assert "| some method | a sentence without numbers |  | holds |" in text
@@ -77,8 +80,18 @@ def test_all_claims_have_a_row_and_failures_are_shown(project: Path) -> None:
     assert [row["verdict"] for row in rows] == ["holds", "holds", "fails", "holds", "fails", "skipped"]
 
 
-@pytest.mark.parametrize(
-    "words", [["-m", "claim", "-k", "better"], [], ["-m", "claim", "checks/test_some_method.py"]]
-)
-def test_a_part_of_the_claims_writes_nothing(project: Path, words: list[str]) -> None:
-    assert claims(project, *words) == ""
+def test_nothing_is_written_unasked(project: Path) -> None:
+    assert claims(project, "-m", "claim") == ""
+
+
+def test_one_file_again_replaces_its_rows_alone_and_a_whole_run_drops_what_is_gone(project: Path) -> None:
+    (project / "checks" / "test_other.py").write_text(CLAIMS.replace("no such luck", "still none"))
+    claims(project, "-m", "claim", "--write-claims")
+    (project / "checks" / "test_some_method.py").write_text(CLAIMS.replace("no such luck", "less luck"))
+    text = claims(project, "-m", "claim", "--write-claims", "checks/test_some_method.py")
+    assert "| some method | that breaks | RuntimeError: less luck | **fails** in 1 of 1 |" in text
+    assert "| other | that breaks | RuntimeError: still none | **fails** in 1 of 1 |" in text
+    (project / "checks" / "test_other.py").unlink()
+    text = claims(project, "-m", "claim", "--write-claims")
+    assert "| other |" not in text
+    assert "| some method | that breaks | RuntimeError: less luck | **fails** in 1 of 1 |" in text
