@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.cost import count
 from effc.compiler.effort import stored, width
 from effc.compiler.model import Model
@@ -24,6 +25,8 @@ DECODED = 24
 """Steps behind the latency of a model."""
 STARTED = 400
 """Operations whose start takes as long as a layer of one decoding step, interpreter included; measured."""
+COMPILED = 3.0
+"""Seconds to lower a model with packed weights and to compile its program, the first time; measured."""
 MEAN = 128
 """Keys that a token attends to on average in sequences of 256."""
 PROBED = 311
@@ -109,6 +112,7 @@ class _Load:
 
     bytes: int
     layers: int
+    packed: bool
     per_token: float
     """Seconds of a forward pass."""
 
@@ -116,7 +120,8 @@ class _Load:
     def of(cls, model: Model, target: Target) -> _Load:
         cost = count(model, MEAN)
         rate = target.rate(stored(model), width(model))
-        return cls(cost.bytes, model.layers, cost.flops_per_token / rate)
+        packed = any(isinstance(unit, Packed) for _, unit in model.units())
+        return cls(cost.bytes, model.layers, packed, cost.flops_per_token / rate)
 
     def forward(self, tokens: float) -> float:
         return tokens * self.per_token
@@ -124,5 +129,7 @@ class _Load:
     def reported(self, texts: Mapping[str, Text], target: Target) -> float:
         """Losses on the first held-out tokens, the latency of a token, the probe of a contract."""
         tokens = sum(min(REPORTED, text.heldout / BYTES_PER_TOKEN) for text in texts.values())
-        step = max(self.bytes / target.bandwidth, STARTED * self.layers * target.overhead)
-        return self.forward(tokens + 2 * PROBED) + DECODED * step
+        read = self.bytes / target.bandwidth
+        started = STARTED * self.layers * target.overhead
+        decoded = COMPILED + DECODED * read if self.packed else DECODED * max(read, started)
+        return self.forward(tokens + 2 * PROBED) + decoded

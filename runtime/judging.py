@@ -92,7 +92,7 @@ class Judging:
         if not self.fits(name):
             return None
         with self.opening.clock.on("report", LOSSES):
-            return latency(self._present(name))
+            return latency(self._present(name).clone().materialize())
 
     def contract(self, method: Method, before: str, after: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """What the contract promised and whether it was kept, on random and held-out inputs."""
