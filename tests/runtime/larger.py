@@ -1,10 +1,12 @@
 """Compile a recipe while believing in little memory; print the peak over start-up and the model's size.
 
-`python larger.py RECIPE STORE MEMORY`: everything that asks for the size of main memory is told MEMORY bytes.
+`python larger.py RECIPE STORE MEMORY [hard]`: everything that asks for the size of main memory is told MEMORY
+bytes; with `hard` the system gives no more than that, Python and torch included.
 """
 
 from __future__ import annotations
 
+import resource
 import sys
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from effc.runtime.run import compile
 
 if __name__ == "__main__":
     memory = int(sys.argv[3])
+    if sys.argv[4:] == ["hard"]:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     judging.memory_bytes = lambda: memory
     _export.memory_bytes = lambda: memory
     torch.set_num_threads(1)
