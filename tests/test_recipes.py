@@ -12,7 +12,7 @@ import effc
 from effc.runtime.cli import main
 
 RECIPES = sorted((Path(__file__).parents[1] / "specs" / "recipes").glob("*.effc"))
-STEPPED = {"four-bit", "sparse"}
+STEPPED = {"fold", "four-bit", "sparse"}
 """Recipes that train nothing, so that their steps cannot be cut short."""
 
 

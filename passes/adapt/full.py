@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
-from effc.compiler.contract import TRAIN, Contract
+from effc.compiler.contract import TRAIN, Contract, Fact
 from effc.compiler.losses import cross_entropy
 from effc.compiler.method import Batch, Work
 from effc.compiler.model import Model
@@ -26,7 +26,7 @@ class Full(Train):
     """
 
     paper = FOLKLORE
-    contract = Contract(TRAIN)
+    contract = Contract(TRAIN, breaks=(Fact("unit_gain"),))
     examples: ClassVar[tuple[str, ...]] = (
         "adapt.full(data = code, steps = 3, batch = 2)",
         'adapt.full(data = code, steps = 2, batch = 2, train = ["layers[0].mlp.*"], optimizer = sgd())',

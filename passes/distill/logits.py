@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from effc.compiler.contract import TRAIN, Contract
+from effc.compiler.contract import TRAIN, Contract, Fact
 from effc.compiler.losses import IGNORED, surprise, weighted
 from effc.compiler.method import Batch, ModelRef, Work
 from effc.compiler.model import Model
@@ -33,7 +33,7 @@ class Logits(Train):
     """
 
     paper = Paper("Distilling the Knowledge in a Neural Network", arxiv="1503.02531", year=2015, section="2")
-    contract = Contract(TRAIN)
+    contract = Contract(TRAIN, breaks=(Fact("unit_gain"),))
     examples: ClassVar[tuple[str, ...]] = (
         "distill.logits(teacher = base, data = code, steps = 3, batch = 2)",
         "distill.logits(teacher = base, data = code, steps = 2, direction = reverse, temperature = 2)",
