@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from pydantic import Field
 from torch import Tensor
 
+from effc.compiler.adapters import Adapters, adapters_of, bare, join, strip, unmixable
 from effc.compiler.alike import unlike
 from effc.compiler.method import Batch, Context, DataRef, Method, Optimizer, Schedule, Slot
 from effc.specs.diagnostic import Diagnostic
@@ -200,5 +201,29 @@ class Merge(Method):
         """One piece of every model, float32 [N] each -> the merged piece [N], float32."""
         raise NotImplementedError
 
+    def shares(self, models: int) -> Sequence[float] | None:
+        """The factor of each model's change where the result is their weighted sum, else None.
+
+        Such a merge keeps adapters: they become one of the sum of their ranks.
+        """
+        return None
+
+    def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
+        found = self.adapters([rw.model, *others])
+        strip(rw)
+        join(rw, found)
+
+    def adapters(self, models: Sequence[Model]) -> Adapters:
+        """Of the models that are mixed, a base behind them left out; none where adapters cannot stay."""
+        mixed = models[: len(models) - ("base" in type(self).model_fields)]
+        shares = self.shares(len(mixed))
+        return adapters_of(mixed, shares) if shares is not None and len(shares) == len(mixed) else {}
+
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
-        return unlike(self.kind, [model, *others], self.template)
+        models = [model, *others]
+        kept = self.shares(len(models)) is not None
+        adapters = self.adapters(models)
+        return [
+            *unlike(self.kind, [bare(m) for m in models], self.template),
+            *unmixable(self.kind, models, adapters, kept),
+        ]

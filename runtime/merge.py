@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from effc.compiler.adapters import bare, join, with_adapters
 from effc.compiler.checkpoint_write import nbytes
 from effc.compiler.method import Context, Journal, Outcome
 from effc.compiler.model import Model
-from effc.compiler.rewrite import Edit
+from effc.compiler.rewrite import Edit, Rewriter
 from effc.compiler.roles import layer_of
 from effc.compiler.shapes import Array, Merge, Spot
 from effc.compiler.weights import LazyTensor, Stored
@@ -67,6 +68,8 @@ def merge(method: Merge, models: Sequence[Model], context: Context) -> Outcome:
     told = method.refuses(first, family[1:])
     if problems := [d for d in told if d.severity == "error"]:
         raise EffcError(*_once(problems))
+    adapters = method.adapters([with_adapters(model) for model in family])
+    models, base = [bare(model) for model in models], bare(base) if base is not None else None
     with ExitStack() as stack:
         folder = context.workdir
         if folder is None:
@@ -78,7 +81,9 @@ def merge(method: Merge, models: Sequence[Model], context: Context) -> Outcome:
         if context.workdir is None:
             weights = {name: _held(lazy.read()) for name, lazy in weights.items()}
     log = [Edit("merge", name, f"{len(models)} models") for name in weights]
-    return Outcome(_result(first, weights), log, {"tensors": len(weights)})
+    rw = Rewriter(_result(models[0], weights), method.kind)
+    join(rw, adapters)
+    return Outcome(rw.done(), log + rw.log, {"tensors": len(weights)})
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from effc.compiler.adapters import adapted
 from effc.compiler.contract import EXACT_FLOAT32
 from effc.compiler.cost import count
 from effc.compiler.method import Context, Method
@@ -156,7 +157,7 @@ class Run:
                 progress=lambda done, of, unit: self._tell("progress", name, done=done, of=of, unit=unit),
                 device=self.device,
                 workdir=journal.spill(),
-                names=bundled(self.recipe, name, inputs[0]) if isinstance(method, Merge) else None,
+                names=self._names(binding, method, inputs),
                 stop=self.stop,
             )
             outcome = run_stage(method, inputs, context)
@@ -166,6 +167,12 @@ class Run:
             journal.drop()
         self._tell("done", name, seconds=float(result.measures["seconds"]))
         return result, False
+
+    def _names(self, binding: Binding, method: Method, inputs: Sequence[Model]) -> Mapping[str, str] | None:
+        """Under which names a merge writes its result; adapters come from elsewhere than its stream."""
+        if not isinstance(method, Merge) or any(adapted(model) for model in inputs):
+            return None
+        return bundled(self.recipe, binding.name, inputs[0])
 
     def _load(self, binding: Binding) -> StageRun:
         with Peak() as peak:

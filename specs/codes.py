@@ -116,6 +116,7 @@ CODES: Mapping[str, str] = {
     "E455": "Models to be mixed write chats with different templates.",
     "W452": "A merge is given the same model more than once.",
     "W453": "A merge keeps the pooler or task head of its first model.",
+    "E457": "Factors of products, adapters among them, cannot be mixed number by number.",
     "E456": "A tensor of a checkpoint holds a number that is not finite.",
     "E460": "A folder does not hold an adapter that can be read.",
     "E461": "An adapter uses an option that effc does not support.",
@@ -155,4 +156,8 @@ CODES: Mapping[str, str] = {
     "E432": "A config lacks a value, or sets one that effc cannot express.",
     "E433": "The tensors of a checkpoint are not those that its config asks for.",
     "E434": "A file of a tokenizer is larger than it can be.",
+    "E408": "A pattern asks for a field that nothing has, or fits in more ways than can be looked through.",
+    "E409": "A rule breaks the model or its contract, so the model stays as it was.",
+    "E412": "Rules that are to run until nothing changes change something every time.",
+    "E413": "A state dict cannot be carried over the edits of a model.",
 }  # fmt: skip

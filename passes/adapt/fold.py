@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from effc.compiler.adapters import adapted
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.contract import EXACT, Contract, Fact
@@ -63,11 +64,6 @@ class Fold(Rewrite):
                 help="fold before quantizing, or keep the adapter and export it as peft",
             )
         ]
-
-
-def adapted(model: Model) -> list[str]:
-    """Paths of all adapters."""
-    return [path for path, unit in model.units() if isinstance(unit, LoraLinear)]
 
 
 def _sum(weight: Tensor, change: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ from effc.specs.diagnostic import Diagnostic
 
 
 def shares(weight: Sequence[float], models: int, normalize: bool = False) -> list[float]:
-    """One factor a model, divided by their sum when normalized."""
+    """One factor a model, divided by their sum when normalized; a sum of 0 is refused by `wrong_weights`."""
     given = list(weight) or [1.0] * models
     total = sum(given)
-    return [w / total for w in given] if normalize else given
+    return [w / total for w in given] if normalize and total else given
 
 
 def wrong_weights(

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from pydantic import ConfigDict, Field
 
-from effc.compiler.contract import LOSSY, Contract
+from effc.compiler.contract import LOSSY, Contract, Fact
 from effc.compiler.method import ModelRef
 from effc.compiler.model import Model
 from effc.compiler.shapes import Array, Merge, Spare, Spot
@@ -44,7 +44,7 @@ class DareTies(Merge):
         year=2023,
         section="3",
     )
-    contract = Contract(fidelity=LOSSY)
+    contract = Contract(fidelity=LOSSY, needs=(Fact("dense"),))
     examples = (
         "merge.dare_ties(base = base)",
         "merge.dare_ties(base = base, density = 30%, lambda = 0.7, seed = 1)",

@@ -19,7 +19,8 @@ class Linear(Merge):
     """Add up the weights of models, each times its share: theta = sum_k w_k theta_k / sum_k w_k.
 
     Use when: the models were fine-tuned from one ancestor, for one task or with small changes.
-    Costs:    nothing at run time; models from different starts average to noise.
+    Costs:    nothing at run time; models from different starts average to noise. Adapters stay apart from the
+              weights: the mean of several is one adapter of the sum of their ranks.
     """
 
     paper = Paper(
@@ -40,6 +41,9 @@ class Linear(Merge):
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
         wrong = wrong_weights(self.kind, self.weight, 1 + len(others), self.normalize)
         return [*super().refuses(model, others), *wrong]
+
+    def shares(self, models: int) -> Sequence[float]:
+        return shares(self.weight, models, self.normalize)
 
     def merge(
         self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from effc.compiler.contract import LOSSY, Contract
+from effc.compiler.contract import LOSSY, Contract, Fact
 from effc.compiler.shapes import Array, Merge, Spare, Spot
 from effc.specs.paper import FOLKLORE
 
@@ -28,7 +28,7 @@ class Slerp(Merge):
     """
 
     paper = FOLKLORE
-    contract = Contract(fidelity=LOSSY)
+    contract = Contract(fidelity=LOSSY, needs=(Fact("dense"),))
     examples = ("merge.slerp()", "merge.slerp(t = 0.3)")
     models: ClassVar[tuple[int, int | None]] = (2, 2)
     rounds: ClassVar[int] = 1

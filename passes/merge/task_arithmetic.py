@@ -73,6 +73,9 @@ class TaskArithmetic(Merge):
             )
         ]
 
+    def shares(self, models: int) -> Sequence[float]:
+        return [share * self.lambda_ for share in shares(self.weight, models)]
+
     def merge(
         self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot
     ) -> Array:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 import numpy as np
 from pydantic import ConfigDict, Field, model_validator
 
-from effc.compiler.contract import LOSSY, Contract
+from effc.compiler.contract import LOSSY, Contract, Fact
 from effc.compiler.method import ModelRef
 from effc.compiler.model import Model
 from effc.compiler.shapes import Array, Merge, Spare, Spot
@@ -38,7 +38,7 @@ class Ties(Merge):
     paper = Paper(
         "TIES-Merging: Resolving Interference When Merging Models", arxiv="2306.01708", year=2023, section="4"
     )
-    contract = Contract(fidelity=LOSSY)
+    contract = Contract(fidelity=LOSSY, needs=(Fact("dense"),))
     examples = (
         "merge.ties(base = base)",
         "merge.ties(base = base, density = 50%, lambda = 1.2, scope = tensor)",
