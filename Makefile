@@ -64,7 +64,7 @@ bench: $(VENV)/.installed  ## measure, print tables, write JSON beside them
 docs: $(VENV)/.installed  ## write docs/methods/ and the table of methods in README.md
 	$(BIN)/python -m effc.runtime.pages docs/methods README.md
 
-zoo: $(VENV)/.installed  ## train zoo:pylm again: 32 minutes on one core of a CPU with AMX
+zoo: $(VENV)/.installed  ## train zoo:pylm again: about 40 minutes on two cores of a CPU with AMX
 	$(BIN)/python -m effc.runtime.zoo tokenizer specs/zoo/pylm
 	$(BIN)/effc compile specs/recipes/pylm.effc
 	$(BIN)/python -m effc.runtime.zoo publish out/pylm specs/zoo/pylm
