@@ -62,10 +62,12 @@ def timed(model: Model, ids: torch.Tensor, new_tokens: int, choice: Choice) -> t
     """Seconds until the first token behind ids [B, T], and of each of `new_tokens` more."""
     start = _now(ids.device)
     engine = decoder(model, ids.shape[0], ids.shape[1] + new_tokens, choice.kernels, choice.isa)
-    token = engine.prefill(ids, None).argmax(-1)
+    engine.prefill(ids, None)
+    token = engine.likeliest()
     read = _now(ids.device)
     for _ in range(new_tokens):
-        token = engine.next(token).argmax(-1)
+        engine.next(token)
+        token = engine.likeliest()
     return read - start, (_now(ids.device) - read) / max(1, new_tokens)
 
 

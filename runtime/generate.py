@@ -72,7 +72,8 @@ def generate(
         engine = decoder(model, ids.shape[0], longest, kernels, isa)
         for _ in range(max_new_tokens):
             logits = engine.prefill(out, mask) if token is None else engine.next(token)
-            token = torch.where(ended, pad, choose(logits, sampling, streams))
+            drawn = choose(logits, sampling, streams) if sampling.temperature else engine.likeliest()
+            token = torch.where(ended, pad, drawn)
             ended = ended | torch.isin(token, stops)
             out = torch.cat((out, token[:, None]), 1)
             if watch is not None:
