@@ -6,12 +6,14 @@ are: the largest number, the lowest index among equals, and not-a-number before 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from effc.kernels.cpu.case import Argument, Case
 from effc.kernels.cpu.entry import launch, self_contained
 from effc.kernels.cpu.isa import Isa
 from effc.kernels.kernel import KernelSpec
@@ -118,3 +120,18 @@ def choose_token(isa: Isa, logits: Tensor, parts: int, threads: int) -> Tensor:
     spec = ChooseTokenSpec()
     launch(emit(spec), spec.op, isa, threads, logits, best, where, token, rows, size, parts)
     return token
+
+
+def parse(data: Mapping[str, Any]) -> ChooseTokenSpec:
+    return ChooseTokenSpec.model_validate(data)
+
+
+def cases(spec: ChooseTokenSpec) -> Iterator[Case]:
+    """Rows in one part and in several that fill no vector, equals among them; for kernels/cpu/check.py."""
+    for w, v, parts in ((1, 5, 1), (3, 75, 4), (2, 130, 3)):
+        logits = -1.0 - torch.randint(0, 40, (w, v), generator=torch.Generator().manual_seed(v)).float()
+        best, where = torch.empty(w, parts), torch.empty(w, parts, dtype=torch.int64)
+        token = torch.empty(w, dtype=torch.int64)
+        given: dict[str, Argument] = {"logits": logits, "best": best, "where": where, "token": token}
+        given |= {"W": w, "V": v, "parts": parts}
+        yield Case(f"[{w}, {v}] in {parts}", given, {"token": reference(logits)}, 0.0, ("best", "where"))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from effc.kernels.cpu.case import Case
 from effc.kernels.cpu.entry import launch, self_contained
 from effc.kernels.cpu.isa import Isa
 from effc.kernels.epilogue import EPILOGUES
@@ -26,8 +28,14 @@ class ElementwiseSpec(KernelSpec, frozen=True):
     version: ClassVar[int] = 1
 
     form: Form
-    factor: float = Field(1.0, gt=0)
-    """What scale multiplies by; the cap of softcap."""
+    factor: float = Field(1.0, allow_inf_nan=False)
+    """What scale multiplies by; the cap of softcap, above 0."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> ElementwiseSpec:
+        if self.form == "softcap" and self.factor <= 0:
+            raise ValueError(f"a cap of {self.factor} is not above 0")
+        return self
 
 
 def reference(spec: ElementwiseSpec, x: Tensor, z: Tensor | None = None) -> Tensor:
@@ -89,3 +97,15 @@ def elementwise(spec: ElementwiseSpec, isa: Isa, x: Tensor, z: Tensor | None, th
     y = torch.empty_like(x)
     launch(emit(spec), spec.op, isa, threads, x, z, y, x.numel())
     return y
+
+
+def parse(data: Mapping[str, Any]) -> ElementwiseSpec:
+    return ElementwiseSpec.model_validate(data)
+
+
+def cases(spec: ElementwiseSpec) -> Iterator[Case]:
+    """Counts below a vector, of whole vectors, and with a rest; for kernels/cpu/check.py."""
+    for size in (5, 64, 215):
+        x, z = torch.randn(2, size, generator=torch.Generator().manual_seed(size)) * 3
+        given = {"x": x, "z": z, "y": torch.empty(size), "size": size}
+        yield Case(f"{size} numbers", given, {"y": reference(spec, x.double(), z.double())}, 1e-6)

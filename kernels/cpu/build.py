@@ -21,6 +21,8 @@ from effc.specs.diagnostic import Diagnostic, EffcError
 
 _COMMON = ("-O3", "-std=gnu11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-w")
 _SECONDS = 120
+MORE_FLAGS = "EFFC_CFLAGS"
+"""Variable of the environment: flags for every kernel besides, such as those of a sanitizer."""
 
 
 @cache
@@ -38,7 +40,7 @@ def compiler() -> tuple[str, str] | None:
     return None
 
 
-def build(text: str, isa: Isa, extra: tuple[str, ...] = ()) -> Path:
+def build(text: str, isa: Isa) -> Path:
     """The shared library made of `text`; compiled once, then found in the user's cache.
 
     Raises:
@@ -49,7 +51,7 @@ def build(text: str, isa: Isa, extra: tuple[str, ...] = ()) -> Path:
         help = "install gcc or clang, or go on with torch's own kernels"
         raise EffcError(Diagnostic("E501", "there is no C compiler", help=help))
     path, version = found
-    flags = (*_COMMON, *isa.flags, *extra)
+    flags = (*_COMMON, *isa.flags, *os.environ.get(MORE_FLAGS, "").split())
     name = hashlib.sha256("\0".join((text, version, *flags)).encode()).hexdigest()[:24]
     place = folder()
     library = place / f"{name}.so"

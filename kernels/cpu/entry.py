@@ -61,13 +61,17 @@ def compiled(text: str, op: str, isa: Isa) -> Callable[..., None]:
     return cast(Callable[..., None], entry)
 
 
-def launch(text: str, op: str, isa: Isa, threads: int, *values: Tensor | int | None) -> None:
+def launch(
+    text: str, op: str, isa: Isa, threads: int, *values: Tensor | int | None, crew: int | None = None
+) -> None:
     """Call it: `values` in the order of the fields; a tensor by its address, None as a null pointer.
+
+    `crew` is the address of the team that runs it, by default the process's own.
 
     Raises:
         ValueError: a tensor is not contiguous or not in this machine's memory.
     """
-    plain = [team(isa), threads]
+    plain = [team(isa) if crew is None else crew, threads]
     for value in values:
         if isinstance(value, Tensor):
             if not value.is_contiguous() or value.device.type != "cpu":

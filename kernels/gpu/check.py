@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor
 
+from effc.kernels.differs import differs
 from effc.kernels.gpu.load import load
 from effc.kernels.kernel import KernelSpec
 
@@ -94,7 +95,7 @@ def interpret(op: Op, spec: KernelSpec, text: str | None) -> str:
                     return f"{case.label}: {_cause(error)}"
                 tolerance = case.tolerance if kind is torch.float32 else 2**-8
                 for name, y in due.items():
-                    if words := _differs(results[name], y, tolerance):
+                    if words := differs(results[name], y, tolerance):
                         return f"{case.label}: {name}{words}"
     return ""
 
@@ -122,20 +123,6 @@ def compile(op: Op, spec: KernelSpec, text: str | None) -> list[dict[str, Any]]:
                 }
             )
     return found
-
-
-def _differs(found: Tensor, due: Tensor, tolerance: float) -> str:
-    """Where a result is not what is due; "" when it is."""
-    wrong = (found.double() - due.double()).abs() / due.double().abs().max().clamp(min=1e-30)
-    bad = ~(wrong <= tolerance)
-    if not bad.any():
-        return ""
-    at = bad.nonzero()[0].tolist()
-    never = int(found.isnan().sum() - due.isnan().sum())
-    return (
-        f"{at} is {float(found[tuple(at)]):.6g}, not {float(due[tuple(at)]):.6g}; {int(bad.sum())} of "
-        f"{bad.numel()} are off" + (f", {never} are NaN or were never written" if never else "")
-    )
 
 
 def _cause(error: BaseException) -> str:

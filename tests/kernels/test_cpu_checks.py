@@ -1,0 +1,150 @@
+"""C kernels under sanitizers, members in turns: nothing wrong is found in them, and in faulty ones it is."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from effc.kernels.cached_attention.spec import CachedAttentionSpec
+from effc.kernels.choose_token import ChooseTokenSpec
+from effc.kernels.cpu import check
+from effc.kernels.cpu.isa import available
+from effc.kernels.cpu.sanitize import sanitizing
+from effc.kernels.dense_linear.spec import DenseLinearSpec
+from effc.kernels.elementwise import ElementwiseSpec
+from effc.kernels.embed.spec import EmbedSpec
+from effc.kernels.kernel import KernelSpec
+from effc.kernels.multi_lora.spec import MultiLoraSpec
+from effc.kernels.norm.spec import NormSpec
+from effc.kernels.quant_linear.spec import QuantLinearSpec
+
+ROOT = Path(__file__).parents[2]
+sanitized = pytest.mark.skipif(isinstance(sanitizing(), str), reason=str(sanitizing()))
+
+QUANT, DENSE, NORM, EMBED = "quant_linear.cpu", "dense_linear.cpu", "norm.cpu", "embed.cpu"
+ATTEND, PLAIN, TOKEN = "cached_attention.cpu", "elementwise", "choose_token"
+LORA = "multi_lora.cpu"
+SPECS: list[tuple[str, KernelSpec]] = [
+    (QUANT, QuantLinearSpec(bits=4, group=32, symmetric=False, epilogue=("bias", "gelu", "residual"))),
+    (QUANT, QuantLinearSpec(bits=8, group=0, scale="bfloat16", paired=True, epilogue=("silu", "row_scale"))),
+    (QUANT, QuantLinearSpec(bits=3, group=64, epilogue=("relu", "mul"))),
+    (QUANT, QuantLinearSpec(bits=2, group=16)),
+    (DENSE, DenseLinearSpec(weight="bfloat16", epilogue=("bias", "gelu_tanh", "residual"))),
+    (DENSE, DenseLinearSpec(weight="float16", paired=True, epilogue=("silu", "row_scale", "mul"))),
+    (DENSE, DenseLinearSpec()),
+    (NORM, NormSpec(eps=1e-6)),
+    (NORM, NormSpec(form="layer", eps=1e-5, bias=True, offset=1.0)),
+    (EMBED, EmbedSpec(table="bfloat16", scale=27.75, positions="float16", position_offset=2,
+                      types="float32")),
+    (EMBED, EmbedSpec(table=None, packed=QuantLinearSpec(bits=3, group=32))),
+    (EMBED, EmbedSpec(table=None, packed=QuantLinearSpec(bits=8, group=0, symmetric=False))),
+    (ATTEND, CachedAttentionSpec(heads=3, kv_heads=3, head_dim=20, scale=0.2)),
+    (ATTEND, CachedAttentionSpec(heads=4, kv_heads=1, head_dim=32, scale=0.2, cap=5.0, rotated=16,
+                                 norm=1e-6, norm_offset=1.0, window=16)),
+    (ATTEND, CachedAttentionSpec(heads=2, kv_heads=1, head_dim=16, scale=3.0, rotated=16, window=40,
+                                 ring=30, cell="bfloat16")),
+    (PLAIN, ElementwiseSpec(form="add")),
+    (PLAIN, ElementwiseSpec(form="softcap", factor=30.0)),
+    (TOKEN, ChooseTokenSpec()),
+    (LORA, MultiLoraSpec(factor="bfloat16")),
+]  # fmt: skip
+FAULTS: dict[str, tuple[int, str, str, str]] = {
+    # what is wrong: the spec above, its text, what stands instead, how it is found
+    "a block too far": (0, "block < last;", "block <= last;", "AddressSanitizer"),
+    "scales of another vector": (0, "(const uint16_t *)p + 16 * (v0 + i * 1)",
+                                 "(const uint16_t *)p + 16 * v0", "y["),
+    "zero codes of another vector": (0, "widen(p + 128 + 16 * (v0 + i * 1))", "widen(p + 128 + 16 * v0)",
+                                     "y["),
+    "a wrong zero point": (3, "all_int(2)", "all_int(1)", "y["),
+    "the high nibble first": (0, "(q >> 4) & 0x0f0f0f0f", "(q >> 3) & 0x0f0f0f0f", "y["),
+    "planes in the wrong order": (0, "load_word(a + r * K + 4)", "load_word(a + r * K + 0)", "y["),
+    "rows at a wrong stride": (0, "load_word(a + r * K + 0)", "load_word(a + r * (K - 4) + 0)", "y["),
+    "sums of another group": (0, "zero * -xsum[(m0 + r) * groups + g]", "zero * -xsum[(m0 + r) * groups]",
+                              "y["),
+    "bytes that overflow": (0, "127.0f / m", "128.0f / m", "y["),
+    "bytes past the row": (1, "width - k < 16 ? width - k : 16", "16", ""),
+    "a store past the last channel": (0, "give(y + m * N + n, a, count)", "store(y + m * N + n, a)", ""),
+    "an epilogue of other channels": (0, "take(bias + n, count)", "take(bias + n + 1, count)", "AddressSan"),
+    "no barrier behind the bytes": (0, "a->team->meet(members);", "", "in turns"),
+    "a lost rest of K": (4, "if (whole < K)", "if (0)", "y["),
+    "a rest of K that is not cut": (4, "K - whole)", "16)", ""),
+    "rows of W past its end": (4, "n + c0 + c < N ? n + c0 + c : N - 1", "n + c0 + c", "AddressSanitizer"),
+    "rows of x past its end": (6, "M - m0 < MOST_ROWS ? M - m0 : MOST_ROWS", "MOST_ROWS", "AddressSanitizer"),
+    "a second matrix unread": (5, "rows, x + m0 * K, w2,", "rows, x + m0 * K, w,", "y["),
+    "a lost rest of a norm": (7, "+ rest;", ";", "y["),
+    "eps left out": (7, " + 1e-06f)", ")", "y["),
+    "a mean over too many": (8, "0.0f) / (float)D;", "0.0f) / (float)(D + 1);", "y["),
+    "another row of positions": (9, "place[m] + 2L", "place[m] + 1L", "x["),
+    "a row of the next block": (11, "row / 64 * groups", "(row / 64 + 1) * groups", "AddressSanitizer"),
+    "a token that sees the next": (12, "position + t + 1 - base", "position + t + 2 - base", "y["),
+    "a window one too wide": (13, "position + t - 16 + 1 - base", "position + t - 16 - base", "y["),
+    "keys turned backwards": (13, "b * c[i] + a * s[i]", "b * c[i] - a * s[i]", "y["),
+    "sums that keep their old base": (14, "*total *= shrink;", "", "y["),
+    "a ring that is not closed": (14, "at = position[m] % S", "at = position[m]", "y["),
+    "no barrier behind the cache": (12, "a->team->meet(members);", "", "in turns"),
+    "a store past the last number": (15, "give(y + i, a, count)", "store(y + i, a)", ""),
+    "the later of two equals": (17, "&& i < j)", "&& i > j)", "token["),
+    "zeros behind the row": (17, "if (to - v < 16)", "if (0)", "token["),
+    "no barrier behind the parts": (17, "a->team->meet(members);", "", "in turns"),
+    "another adapter's rows": (18, "edges[index[m]] + item % most", "item % most", "y["),
+    "sums of the next adapter": (18, "r < edges[i + 1] - edges[i]", "r <= edges[i + 1] - edges[i]", ""),
+    "no barrier between the factors": (18, "a->team->meet(members);", "", "in turns"),
+    "a shift out of range": (2, "<< 2)", "<< 34)", ""),
+}  # fmt: skip
+
+
+def job(op: str, spec: KernelSpec, isa: str, text: str | None = None) -> dict[str, Any]:
+    return {"op": op, "spec": spec.model_dump(mode="json"), "isa": isa, "text": text}
+
+
+@sanitized
+def test_every_kernel_keeps_to_its_memory_and_to_defined_arithmetic() -> None:
+    """Sets of instructions in turn, so that each op sees each; ragged shapes, one to three members."""
+    sets = available()
+    jobs = [job(op, spec, sets[i % len(sets)]) for i, (op, spec) in enumerate(SPECS)]
+    found = check.run(jobs, sanitized=True)
+    assert {str(one["spec"]): words for one, words in zip(jobs, found, strict=True) if words} == {}
+
+
+@sanitized
+def test_seeded_faults_are_found() -> None:
+    jobs = []
+    for name, (i, old, new, _) in FAULTS.items():
+        op, spec = SPECS[i]
+        text = emitted(op, spec)
+        assert old in text, name
+        jobs.append(job(op, spec, available()[-1], text.replace(old, new)))
+    found = check.run(jobs, sanitized=True)
+    missed = {
+        name: words
+        for (name, (*_, by)), words in zip(FAULTS.items(), found, strict=True)
+        if not words or by not in words
+    }
+    assert missed == {}
+
+
+@sanitized
+def test_whole_programs_keep_to_their_memory_and_to_defined_arithmetic() -> None:
+    """Packed and dense models, prompts of unequal lengths and single tokens, one member and two."""
+    more = sanitizing()
+    assert isinstance(more, dict)
+    command = [sys.executable, "-m", "tests.kernels.programs"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | more, cwd=ROOT, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {name: words for name, words in found.items() if words != "as torch has it"} == {}
+    assert len(found) == 4
+
+
+def emitted(op: str, spec: KernelSpec) -> str:
+    text: str = importlib.import_module(f"effc.kernels.{op}").emit(spec)
+    return text
