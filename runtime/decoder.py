@@ -17,14 +17,14 @@ from effc.compiler.model import Model
 from effc.compiler.step import Cache
 from effc.kernels.cpu.build import compiler
 from effc.kernels.cpu.isa import Isa, available
+from effc.kernels.program.call import ROWS
 from effc.kernels.program.run import Program, Session
 from effc.passes.lower.by_torch import by_torch
 from effc.passes.lower.decoder import Lowered, Unlowered, angles, compiled, lower
+from effc.runtime.content import Content, content
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 Kernels = Literal["auto", "c", "torch"]
-ROWS = 512
-"""Tokens of prompts that one call of a program takes."""
 
 
 class Decoder(Protocol):
@@ -38,6 +38,10 @@ class Decoder(Protocol):
         """tokens [B] -> logits [B, V] behind them."""
         ...
 
+    def likeliest(self) -> Tensor:
+        """The tokens [B] that the last logits put first, the lowest among equals: the greedy choice."""
+        ...
+
 
 class TorchDecoder:
     """The model's blocks over a static cache."""
@@ -45,25 +49,32 @@ class TorchDecoder:
     def __init__(self, model: Model, longest: int) -> None:
         self.model, self.cache = model, Cache(longest)
         self.mask: Tensor | None = None
+        self.logits = torch.empty(0)
 
     def prefill(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         self.mask = mask
-        return last_logits(self.model, ids, mask, self.cache)
+        self.logits = last_logits(self.model, ids, mask, self.cache)
+        return self.logits
 
     def next(self, tokens: Tensor) -> Tensor:
         if self.mask is not None:
             self.mask = torch.cat((self.mask, torch.ones_like(self.mask[:, :1])), 1)
-        return last_logits(self.model, tokens[:, None], self.mask, self.cache)
+        self.logits = last_logits(self.model, tokens[:, None], self.mask, self.cache)
+        return self.logits
+
+    def likeliest(self) -> Tensor:
+        return self.logits.argmax(-1)
 
 
 class ProgramDecoder:
-    """A lowered program: rows are real tokens, so padding is never computed."""
+    """A lowered program: rows are real tokens, so padding is never computed; it chooses the next ones too."""
 
     def __init__(self, ready: Ready, batch: int, longest: int) -> None:
         self.vocab = ready.lowered.plan.vocab
         self.session = Session(ready.program, ready.attentions, batch, longest, max(batch, ROWS))
         self.lengths = torch.zeros(batch, dtype=torch.long)
         self.slots = torch.arange(batch)
+        self.chosen = torch.zeros(batch, dtype=torch.long)
 
     def prefill(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -75,17 +86,20 @@ class ProgramDecoder:
         for start in range(0, len(tokens), ROWS):
             end = min(start + ROWS, len(tokens))
             here = (last >= start) & (last < end)
-            part = torch.empty(int(here.sum()), self.vocab)
+            part, chosen = torch.empty(int(here.sum()), self.vocab), self.chosen[here]
             token, slot, position = (t[start:end].contiguous() for t in (tokens, slots, positions))
-            self.session.step(token, slot, position, last[here] - start, part)
-            logits[here] = part
+            self.session.step(token, slot, position, last[here] - start, part, chosen)
+            logits[here], self.chosen[here] = part, chosen
         return logits
 
     def next(self, tokens: Tensor) -> Tensor:
         logits = torch.empty(len(self.slots), self.vocab)
-        self.session.step(tokens.contiguous(), self.slots, self.lengths, self.slots, logits)
+        self.session.step(tokens.contiguous(), self.slots, self.lengths, self.slots, logits, self.chosen)
         self.lengths = self.lengths + 1
         return logits
+
+    def likeliest(self) -> Tensor:
+        return self.chosen.clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,30 +114,39 @@ class Ready:
 def ready(model: Model, isa: Isa | None = None, threads: int | None = None) -> Ready:
     """The model's program, compiled; made once for a model, a set of instructions and a number of threads.
 
+    It is made again when a weight was changed since, in place or not.
+
     Raises:
         Unlowered: in words, why the model runs in torch.
         EffcError: E502 when the compiler refuses the text.
     """
     chosen, members = isa or available()[0], threads or torch.get_num_threads()
-    held: dict[Any, Ready] = model.__dict__.setdefault("_programs", {})
-    if (chosen, members) not in held:
-        if compiler() is None:
-            raise Unlowered("there is no C compiler on this machine")
-        if any(t.device.type not in ("cpu", "meta") for t in model.tensors().values()):
-            raise Unlowered("the model's weights are not in this machine's memory")
-        lowered = lower(model)
-        turns: dict[str, Any] = {}
-        attentions = []
-        for spec, rope in lowered.attentions:
-            if rope is not None and str(rope) not in turns:
-                turns[str(rope)] = angles(rope, spec.head_dim)
-            attentions.append((spec, turns[str(rope)] if rope is not None else None))
+    held: dict[Any, tuple[Content, Ready]] = model.__dict__.setdefault("_programs", {})
+    found = held.get((chosen, members))
+    if found is None or found[0] != content(model):
+        made = _made(model, chosen, members)
+        held[chosen, members] = found = content(model), made
+    return found[1]
+
+
+def _made(model: Model, isa: Isa, threads: int) -> Ready:
+    if compiler() is None:
+        raise Unlowered("there is no C compiler on this machine")
+    if any(t.device.type not in ("cpu", "meta") for t in model.tensors().values()):
+        raise Unlowered("the model's weights are not in this machine's memory")
+    lowered = lower(model)
+    turns: dict[str, Any] = {}
+    attentions = []
+    for spec, rope in lowered.attentions:
+        if rope is not None and str(rope) not in turns:
+            turns[str(rope)] = angles(rope, spec.head_dim)
+        attentions.append((spec, turns[str(rope)] if rope is not None else None))
+    with torch.inference_mode(False):  # torch counts no changes of tensors that are made within it
         model.materialize()
-        program = compiled(lowered, chosen, members)
+        program = compiled(lowered, isa, threads)
         for name in program.tensors.keys() & model.tensors().keys():  # what moved serves the model too
             model.place(name, nn.Parameter(program.tensors[name], requires_grad=False))
-        held[chosen, members] = Ready(lowered, program, attentions)
-    return held[chosen, members]
+    return Ready(lowered, program, attentions)
 
 
 def decoder(
@@ -152,12 +175,12 @@ def no_program(reason: Unlowered) -> EffcError:
 
 
 def _by_torch(model: Model) -> Model:
-    """The model on torch's packed ops, made once."""
-    held = model.__dict__
-    if "_by_torch" not in held:
-        held["_by_torch"] = by_torch(model)
-    found: Model = held["_by_torch"]
-    return found
+    """The model on torch's packed ops, made once and again when a weight was changed since."""
+    held: tuple[Content, Model] | None = model.__dict__.get("_by_torch")
+    if held is None or held[0] != content(model):
+        made = by_torch(model)
+        model.__dict__["_by_torch"] = held = content(model), made
+    return held[1]
 
 
 def last_logits(model: Model, ids: Tensor, mask: Tensor | None, cache: Cache) -> Tensor:

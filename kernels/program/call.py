@@ -10,6 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from effc.kernels.kernel import KernelSpec
+
+ROWS = 512
+"""Rows that one call of a program takes at most, unless there are more sequences: tokens of prompts."""
+
 
 class Split(StrEnum):
     """How members share a call."""
@@ -44,6 +49,8 @@ class Call:
     """Units of the model that it does the work of."""
     why: str = ""
     """Why this kernel and not a faster one; empty when there is none."""
+    specs: tuple[KernelSpec, ...] = ()
+    """What its functions are emitted from."""
 
 
 @dataclass(frozen=True, slots=True)

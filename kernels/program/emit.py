@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
+from effc.kernels import choose_token
+from effc.kernels.choose_token import ChooseTokenSpec
 from effc.kernels.cpu.team import TEAM_HEADER
 from effc.kernels.cpu.vectors import VECTORS
 from effc.kernels.program.call import Call, Plan, Split
@@ -19,6 +21,7 @@ from effc.kernels.program.memory import places
 LOGITS = "logits"
 """The buffer that the caller gives."""
 _ELSEWHERE = 1 << 60
+CHOICE = ChooseTokenSpec()
 FEW = 2
 """Up to this many rows, each member does row-wise calls for itself instead of waiting for the others."""
 
@@ -34,7 +37,9 @@ struct program {
   long members, M, wanted_rows, capacity, own_bytes;
   const long *token, *slot, *position, *wanted;
   float *logits;
-  long *chosen;
+  long *chosen;   /* token of each wanted row; null where nobody asks */
+  float *best;    /* of each part of each wanted row, and where it stands */
+  long *where;
   char *arena, *own;
   const void *const *tensors;
   const struct cache *caches;
@@ -58,6 +63,15 @@ _MAIN = r"""
 static void work(void *given, int member, int members) {{
   const struct program *a = given;
 {calls}
+  if (a->chosen) {{
+    const long parts = members < {vocab} ? members : {vocab}, W = a->wanted_rows, items = W * parts;
+    a->team->meet(members);
+    choose_parts_{choice}(a->logits, {vocab}, parts, a->best, a->where,
+                 items * member / members, items * (member + 1) / members);
+    a->team->meet(members);
+    choose_token_{choice}(a->best, a->where, parts, a->chosen,
+                 W * member / members, W * (member + 1) / members);
+  }}
 }}
 
 void program(struct program *a) {{ a->team->run(work, a, (int)a->members); }}
@@ -80,7 +94,7 @@ def emit(plan: Plan) -> tuple[str, list[str]]:
     for section in sections:
         calls = [call for _, call in section]
         tail = section[0][0] >= plan.tail
-        body = _body(plan, calls, offsets)
+        body = _body(plan, calls, offsets, first=not runs)
         if body not in names:
             names[body] = f"part_{len(names)}"
             rows = "a->wanted_rows" if tail else "a->M"
@@ -101,7 +115,10 @@ def emit(plan: Plan) -> tuple[str, list[str]]:
         )
         first, caches = first + times * each, caches + times * kept
     functions = list(dict.fromkeys(text for call in plan.calls for text in call.functions))
-    main = _MAIN.format(calls="\n".join(lines), arena=width, own=own)
+    functions.append(choose_token.function(CHOICE))
+    main = _MAIN.format(
+        calls="\n".join(lines), arena=width, own=own, vocab=f"{plan.vocab}L", choice=CHOICE.key
+    )
     text = "\n".join((VECTORS, TEAM_HEADER, *functions, STRUCT, *bodies, main))
     return f"{_title(text)}\n{text}", tensors
 
@@ -117,9 +134,9 @@ def _section(plan: Plan, place: int, call: Call) -> tuple[bool, int | None]:
     return place >= plan.tail, call.layer
 
 
-def _body(plan: Plan, calls: Sequence[Call], offsets: dict[str, int]) -> str:
-    """The statements of one section, with the barriers they need."""
-    lines: list[str] = ["  a->team->meet(members);"]
+def _body(plan: Plan, calls: Sequence[Call], offsets: dict[str, int], first: bool) -> str:
+    """The statements of one section, with the barriers they need; nothing stands before the first section."""
+    lines: list[str] = [] if first else ["  a->team->meet(members);"]
     since = _Since()
     count, kept = 0, -1
     for call in calls:

@@ -36,14 +36,14 @@ class _Cache(ctypes.Structure):
     )
 
 
+_MEMORY = ("token", "slot", "position", "wanted", "logits", "chosen", "best", "where", "arena", "own")
+
+
 class _Program(ctypes.Structure):
     _fields_ = (
         ("team", _POINTER),
         *((name, _LONG) for name in ("members", "M", "wanted_rows", "capacity", "own_bytes")),
-        *(
-            (name, _POINTER)
-            for name in ("token", "slot", "position", "wanted", "logits", "chosen", "arena", "own")
-        ),
+        *((name, _POINTER) for name in _MEMORY),
         ("tensors", ctypes.POINTER(_POINTER)),
         ("caches", ctypes.POINTER(_Cache)),
     )
@@ -93,6 +93,8 @@ class Session:
         self.arena = torch.empty(program.library.arena_bytes(rows) + 64, dtype=torch.uint8)
         self.own_bytes = program.library.own_bytes()
         self.own = torch.empty(self.own_bytes * members + 64, dtype=torch.uint8)
+        self.best = torch.empty(rows, members)
+        self.where = torch.empty(rows, members, dtype=torch.int64)
         self.caches: list[Cache] = []
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
         entries = []
@@ -111,21 +113,33 @@ class Session:
             members=members,
             capacity=rows,
             own_bytes=self.own_bytes,
+            best=self.best.data_ptr(),
+            where=self.where.data_ptr(),
             arena=_aligned(self.arena),
             own=_aligned(self.own),
             tensors=program.table,
             caches=self.table,
         )
 
-    def step(self, token: Tensor, slot: Tensor, position: Tensor, wanted: Tensor, logits: Tensor) -> Tensor:
+    def step(
+        self,
+        token: Tensor,
+        slot: Tensor,
+        position: Tensor,
+        wanted: Tensor,
+        logits: Tensor,
+        chosen: Tensor | None = None,
+    ) -> Tensor:
         """token, slot, position [M] int64, wanted [W] int64 rows -> logits [W, V] float32, which is filled.
 
+        `chosen` [W] int64, where given, is filled with the index of the largest logit of each row.
         The caller answers for the ranges: token < V, slot < slots, position < longest, wanted < M.
         """
         a = self.arguments
         a.M, a.wanted_rows = token.shape[0], wanted.shape[0]
         a.token, a.slot, a.position = token.data_ptr(), slot.data_ptr(), position.data_ptr()
         a.wanted, a.logits = wanted.data_ptr(), logits.data_ptr()
+        a.chosen = None if chosen is None else chosen.data_ptr()
         self.program.library.program(ctypes.byref(a))
         return logits
 

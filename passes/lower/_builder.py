@@ -11,6 +11,7 @@ from torch import Tensor
 from effc.compiler.model import Model
 from effc.compiler.roles import layer_of
 from effc.kernels.cached_attention.spec import CachedAttentionSpec
+from effc.kernels.kernel import KernelSpec
 from effc.kernels.program.call import Call, Plan, Split
 from effc.kernels.program.emit import LOGITS
 from effc.passes.lower._jobs import Job, Jobs
@@ -71,12 +72,13 @@ class Builder:
         functions: Sequence[str] = (),
         items: str = "M",
         why: str = "",
+        specs: Sequence[KernelSpec] = (),
     ) -> None:
         """Append a call of the layer at hand."""
         self.calls.append(
             Call(
                 op, split, tuple(reads), tuple(writes), text, tuple(tensors), tuple(functions), items,
-                self.layer, tuple(job.paths), why,
+                self.layer, tuple(job.paths), why, tuple(specs),
             )
         )  # fmt: skip
 

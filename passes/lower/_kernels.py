@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from pydantic import ValidationError
+
 from effc.compiler.blocks.rope import rotated
+from effc.kernels import elementwise
 from effc.kernels.cached_attention import emit_c as attention_c
 from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.cached_attention.spec import refuses as attention_refuses
 from effc.kernels.cpu.stored import Stored
 from effc.kernels.dense_linear import emit_c as dense_c
 from effc.kernels.dense_linear.spec import DenseLinearSpec
+from effc.kernels.elementwise import ElementwiseSpec
 from effc.kernels.embed import emit_c as embed_c
 from effc.kernels.embed.spec import EmbedSpec
 from effc.kernels.epilogue import operands
 from effc.kernels.norm import emit_c as norm_c
 from effc.kernels.norm.spec import NormSpec
-from effc.kernels.program.call import Split
+from effc.kernels.program.call import ROWS, Split
 from effc.kernels.quant_linear import emit_c as quant_c
 from effc.kernels.quant_linear.spec import BLOCK, QuantLinearSpec
 from effc.kernels.quant_linear.spec import refuses as quant_refuses
 from effc.passes.lower import _weights as weights
-from effc.passes.lower._arithmetic import statement
 from effc.passes.lower._builder import Builder
 from effc.passes.lower._jobs import Arithmetic, Attend, Embed, Job, Linear, Matrix, Normalize, Unlowered
 
@@ -41,10 +44,24 @@ def kernel(build: Builder, job: Job) -> None:
     elif isinstance(job, Attend):
         _attend(build, job)
     elif isinstance(job, Arithmetic):
-        reads = [build.names[n] for n in job.reads]
-        out, width = build.out(job, instead=job.reads[0]), build.jobs.widths[job.writes[0]]
-        text = statement(job.name, job.number, reads, out)
-        build.add(job.name, Split.ITEMS, reads, [out], text, job, items=f"M * {width}")
+        _arithmetic(build, job)
+
+
+def _arithmetic(build: Builder, job: Arithmetic) -> None:
+    """What no matrix takes into its epilogue, number by number; the result may lie on the first operand."""
+    given: dict[str, Any] = {"form": "mul" if job.name == "gate" else job.name}
+    if job.name in ("scale", "softcap"):
+        given["factor"] = job.number
+    try:
+        spec = ElementwiseSpec(**given)
+    except ValidationError as error:
+        raise Unlowered(f"`{job.name}` of {job.number}: {error.errors()[0]['msg']}") from None
+    reads = [build.names[n] for n in job.reads]
+    out, width = build.out(job, instead=job.reads[0]), build.jobs.widths[job.writes[0]]
+    second = f"{{{reads[1]}}}" if len(reads) > 1 else "NULL"
+    text = f"elementwise_{spec.key}({{{reads[0]}}}, {second}, {{{out}}}, i0, i1);"
+    functions, items = [elementwise.function(spec)], f"M * {width}"
+    build.add("elementwise", Split.ITEMS, reads, [out], text, job, (), functions, items, specs=[spec])
 
 
 def _embed(build: Builder, job: Embed) -> None:
@@ -69,7 +86,7 @@ def _embed(build: Builder, job: Embed) -> None:
     text = (
         f"embed_{spec.key}(a->token, a->position, {', '.join(pointers)}, {{{out}}}, {table.columns}, s0, s1);"
     )
-    build.add("embed", Split.SHARED_ROWS, [], [out], text, job, names, [embed_c.function(spec)])
+    build.add("embed", Split.SHARED_ROWS, [], [out], text, job, names, [embed_c.function(spec)], specs=[spec])
 
 
 def _normalize(build: Builder, job: Normalize) -> None:
@@ -80,7 +97,7 @@ def _normalize(build: Builder, job: Normalize) -> None:
     names = [build.keep(f"{n}:f32", weights.float32(build.model, n)) for n in held]
     bias = "{1}" if job.bias else "NULL"
     text = f"norm_{spec.key}({{{x}}}, {{0}}, {bias}, {{{out}}}, {width}, r0, r1);"
-    build.add("norm", Split.ROWS, [x], [out], text, job, names, [norm_c.function(spec)])
+    build.add("norm", Split.ROWS, [x], [out], text, job, names, [norm_c.function(spec)], specs=[spec])
 
 
 def _quantized(build: Builder, job: Linear) -> None:
@@ -98,7 +115,7 @@ def _quantized(build: Builder, job: Linear) -> None:
     )
     items = str(-(-n // (BLOCK // 2 if spec.paired else BLOCK)))
     functions, read = [quant_c.QUANTIZE, quant_c.function(spec)], [q, scales, sums, *reads]
-    build.add("quant_linear", Split.ITEMS, read, [out], text, job, names, functions, items)
+    build.add("quant_linear", Split.ITEMS, read, [out], text, job, names, functions, items, specs=[spec])
 
 
 def _dense(build: Builder, job: Linear) -> None:
@@ -111,7 +128,9 @@ def _dense(build: Builder, job: Linear) -> None:
     text = f"dense_linear_{spec.key}({{{x}}}, {{0}}, {second}, {{{out}}}{extra}, M, {n}, {k}, i0, i1);"
     functions, items = [dense_c.function(spec)], str(-(-n // 16))
     why = "the weights are not packed"
-    build.add("dense_linear", Split.ITEMS, [x, *reads], [out], text, job, names, functions, items, why)
+    build.add(
+        "dense_linear", Split.ITEMS, [x, *reads], [out], text, job, names, functions, items, why, [spec]
+    )
 
 
 def _attend(build: Builder, job: Attend) -> None:
@@ -124,6 +143,7 @@ def _attend(build: Builder, job: Attend) -> None:
         heads=job.heads, kv_heads=job.kv_heads, head_dim=job.head_dim, scale=job.scale, cap=job.cap,
         window=job.window, rotated=rotated(job.rope, job.head_dim) if job.rope else 0,
         norm=norms[0].eps if norms else 0.0, norm_offset=norms[0].offset if norms else 0.0,
+        ring=0 if job.window is None else ROWS,
     )  # fmt: skip
     if words := attention_refuses(spec):
         raise Unlowered(f"`{job.paths[0]}`: {words}")
@@ -143,8 +163,8 @@ def _attend(build: Builder, job: Attend) -> None:
     items, functions = f"M * {job.kv_heads}", [attention_c.function(spec)]
     build.attentions.append((spec, job.rope))
     read = list(dict.fromkeys(sources))
-    build.add("write_cache", Split.ITEMS, read, [queries], write, job, names, functions, items)
-    build.add("attend", Split.ITEMS, [queries], [out], attend, job, (), functions, items)
+    build.add("write_cache", Split.ITEMS, read, [queries], write, job, names, functions, items, specs=[spec])
+    build.add("attend", Split.ITEMS, [queries], [out], attend, job, (), functions, items, specs=[spec])
 
 
 def _as_bytes(build: Builder, job: Linear, width: int) -> tuple[str, str, str]:
