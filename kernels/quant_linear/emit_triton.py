@@ -48,14 +48,18 @@ def emit(spec: WeightOnlySpec) -> str:
 def arguments(spec: WeightOnlySpec) -> list[str]:
     """Tensors that `kernel` is given, in order, the result left out."""
     more = (["zeros"] if not spec.symmetric else []) + (["xsum"] if spec.sums else [])
+    more += ["inner", "outer"] if spec.extension else []
     return ["x", "words", "scales", *more, *operands(spec.epilogue)]
 
 
 def _head(spec: WeightOnlySpec) -> str:
     group, b = spec.group or "K", spec.bits
-    chain = "".join(f"{name}(" for name in reversed(spec.epilogue)) + "x W^T" + ")" * len(spec.epilogue)
+    product = "x W^T + inner outer^T" if spec.extension else "x W^T"
+    chain = "".join(f"{name}(" for name in reversed(spec.epilogue)) + product + ")" * len(spec.epilogue)
     sums = f"  xsum    [K / {spec.run}, M] float32, sums of x over {spec.run} columns\n" if spec.sums else ""
     zeros = f"  zeros   [K / {group}, N'] uint8\n" if not spec.symmetric else ""
+    if spec.extension:
+        zeros += f"  inner   [M, {spec.extension}] bfloat16, outer [N', {spec.extension}] bfloat16\n"
     zero = f"{spec.mid}" if spec.symmetric else "zero"
     each = 2 if spec.symmetric else 3
     more = f" + 4 M K / {spec.run}" if spec.sums else ""
@@ -100,10 +104,22 @@ def kernel({names}, out, M, N, K, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.
     for k0 in range(first, last, {columns}):
         at = rn[:, None] * (K // {each}) + (k0 // {each} + r)[None, :]
         w = tl.load(words + at, eviction_policy="evict_first")
-{inner}    mask = live & (rn[:, None] < N)
+{inner}{_extension(spec)}    mask = live & (rn[:, None] < N)
     if SPLIT > 1:  # `out` is float32 [SPLIT, M, N], which `finish` adds
         out += share * M * N
 {otherwise}    tl.store(out + rm[None, :] * N + rn[:, None], acc.to(out.dtype.element_ty), mask=mask)
+"""
+
+
+def _extension(spec: WeightOnlySpec) -> str:
+    """The columns behind those of W, which the first share takes."""
+    if not spec.extension:
+        return ""
+    return f"""    if share == 0:
+        re = tl.arange(0, {spec.extension})
+        u = tl.load(outer + rn[:, None] * {spec.extension} + re[None, :])
+        v = tl.load(inner + rm[None, :] * {spec.extension} + re[:, None], mask=live, other=0.0)
+        acc = tl.dot(u, v, acc)
 """
 
 

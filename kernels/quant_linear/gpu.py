@@ -12,7 +12,7 @@ from effc.kernels.epilogue import apply, operands
 from effc.kernels.gpu.check import Case
 from effc.kernels.quant_linear.emit_triton import emit
 from effc.kernels.quant_linear.layout_gpu import pack
-from effc.kernels.quant_linear.spec_gpu import Tile, WeightOnlySpec
+from effc.kernels.quant_linear.spec_gpu import ROWS, Tile, WeightOnlySpec
 
 __all__ = ["cases", "emit", "launches", "parse", "reference"]
 
@@ -31,13 +31,17 @@ def reference(
 ) -> Tensor:
     """x [M, K] bfloat16, codes [N, K] uint8, scales [N, G], zeros [N, G] uint8 -> y [M, N] float32.
 
+    `given` holds the operands of the epilogue, and inner and outer where the spec has an extension.
     The kernel rounds sums to float32 and its result once; here sums are in float64.
     """
     groups = spec.groups(codes.shape[1])
     wide = codes.double().view(codes.shape[0], groups, -1)
     zero = float(spec.mid) if zeros is None else zeros.double().unsqueeze(-1)
     w = ((wide - zero) * scales.double().unsqueeze(-1)).view(codes.shape)
-    return apply(spec.epilogue, (x.double() @ w.t()).float(), given)
+    y = x.double() @ w.t()
+    if spec.extension:
+        y = y + given["inner"].double() @ given["outer"][: codes.shape[0]].double().t()
+    return apply(spec.epilogue, y.float(), given)
 
 
 def cases(spec: WeightOnlySpec) -> Iterator[Case]:
@@ -68,6 +72,11 @@ def _case(spec: WeightOnlySpec, tile: Tile, m: int, n: int, turns: int, seed: in
     shapes = {"bias": (n,), "gate": (m, n), "residual": (m, n), "row_scale": (m,)}
     more = {name: torch.randn(shapes[name], generator=dice) for name in operands(spec.epilogue)}
     more = {name: value if name == "row_scale" else value.bfloat16() for name, value in more.items()}
+    if spec.extension:
+        outer = torch.zeros(-(-n // ROWS) * ROWS, spec.extension)
+        outer[:n] = torch.randn(n, spec.extension, generator=dice)
+        inner = torch.randn(m, spec.extension, generator=dice)
+        more |= {"inner": inner.bfloat16(), "outer": outer.bfloat16()}
     given: dict[str, Any] = {"x": x, "words": packed.words, "scales": packed.scales, "n": n, **more}
     if packed.zeros is not None:
         given["zeros"] = packed.zeros

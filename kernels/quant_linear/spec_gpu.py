@@ -57,6 +57,9 @@ class WeightOnlySpec(KernelSpec, frozen=True):
     scale: Literal["float16", "bfloat16"] = "float16"
     columns: Literal[64, 128] = 128
     """Columns of one turn of the loop, a field of the layout and of the order of sums."""
+    extension: Literal[0, 16, 32, 64, 128] = 0
+    """Columns that follow those of W in bfloat16: an adapter of this rank, or several side by side. The sum
+    begins with W x and goes on with outer inner, inner [M, R] being (scale A x) and outer [N', R] B."""
     epilogue: tuple[str, ...] = ()
     tiles: tuple[Tile, ...] = Field(default=TILES, min_length=1)
     """By rows, the fewest first; without the widest where runs are short, which would spill registers."""
