@@ -184,7 +184,20 @@ def _choice(model: Model, options: argparse.Namespace) -> Choice:
     choice = choose(model, options.kernels, options.isa)
     if choice.why:
         print(f"effc: the model runs in torch: {choice.why}", file=sys.stderr)
+    for words in _kept_kernels(model, Path(options.model)) if choice.kernels == "c" else ():
+        print(f"effc: {words}; what runs is emitted here", file=sys.stderr)
     return choice
+
+
+def _kept_kernels(model: Model, folder: Path) -> list[str]:
+    """How the kernels that an artefact keeps for reading differ from those that run."""
+    from effc.runtime import artifact
+    from effc.runtime.kernel_texts import differences
+
+    if not artifact.is_artifact(folder):
+        return []
+    told = artifact.story(folder)
+    return differences(told.kernels, told.lock.get("kernels"), model)
 
 
 def _data(model: Model, name: str) -> Any:

@@ -15,6 +15,7 @@ from effc.runtime import artifact
 from effc.runtime.catalogue import catalogue
 from effc.runtime.compiled import Compiled, ExpectRun, StageRun
 from effc.runtime.kernel_table import kernel_lines, kernels_of
+from effc.runtime.kernel_texts import kernel_texts
 from effc.runtime.report import page
 from effc.runtime.report_words import many
 from effc.runtime.store import Store
@@ -36,6 +37,7 @@ def story_of(compiled: Compiled, expects: Sequence[ExpectRun], model: str, store
         "expects": [e.as_json() for e in expects],
         "kernels": {"model": model, **kernels_of(compiled.models[model])},
     }
+    texts, chosen = kernel_texts(compiled.models[model])
     source = compiled.recipe.source
     joined = source is not None and bool(_USE.search(source.text))
     return artifact.Story(
@@ -48,10 +50,12 @@ def story_of(compiled: Compiled, expects: Sequence[ExpectRun], model: str, store
             "tiny": compiled.tiny,
             "libraries": dict(_libraries()),
             "stages": [_locked(s, store) for s in made],
+            "kernels": chosen,
         },
         edits=tuple((s.name, *entry) for s in made for entry in s.log),
         report=record,
         page=page(record),
+        kernels=texts,
     )
 
 

@@ -17,6 +17,7 @@ from effc.runtime import artifact
 from effc.runtime.consumer import ask
 from effc.runtime.exports._mark import MARK, changed, get
 from effc.runtime.exports.hf import Hf
+from effc.runtime.kernel_texts import differences
 from effc.runtime.load import load
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -48,7 +49,7 @@ def verify(folder: Path, deep: bool = False) -> dict[str, Any]:
         told = artifact.story(folder)
         locked = _locked(told.lock)
         checks.append(_check("structure and weights fit", True, f"{len(model.tensors())} tensors"))
-        checks += [*_sizes(model, locked)]
+        checks += [*_sizes(model, locked), *_kernels(model, told)]
         if deep:
             model.materialize()
             checks += [*_losses(model, told, locked), _consumed(folder, model)]
@@ -116,6 +117,14 @@ def _sizes(model: Model, locked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         told = locked.get(key)
         detail = f"{value}" if told in (None, value) else f"{value}, the lock says {told}"
         yield _check(key, None if told is None else told == value, detail)
+
+
+def _kernels(model: Model, told: artifact.Story) -> Iterator[dict[str, Any]]:
+    """Whether what is kept for reading is what runs. It never runs itself, so no difference is a failure."""
+    if told.kernels or told.lock.get("kernels"):
+        odd = differences(told.kernels, told.lock.get("kernels"), model)
+        files = ", ".join(f"kernels/{name}" for name in told.kernels) or "no file, as there is no C program"
+        yield _check("kernels are those that run here", None if odd else True, "; ".join(odd) or files)
 
 
 def _losses(model: Model, told: artifact.Story, locked: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -12,8 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from effc.runtime import artifact
+from effc.runtime import artifact, cli_result
+from effc.runtime.generate import generate
+from effc.runtime.kernel_texts import kernel_texts
 from effc.runtime.load import load
+from effc.runtime.verify import verify
 from tests.trust.hostile import Spoil, refused, resign, sound
 
 Edit = Callable[[dict[str, Any]], object]
@@ -210,6 +215,49 @@ def test_kernel_text_never_runs(signed: bool, folder: Path) -> None:
             load(folder)
     assert not trace.exists()
     assert not list(folder.rglob("__pycache__"))
+
+
+@pytest.mark.parametrize("lie", ["the text", "the text and its key in the lock", "the specs in the lock"])
+def test_an_edited_program_never_runs_and_is_told(
+    lie: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """C that would leave a trace when it is loaded; hashes, and even the lock, are brought in line."""
+    texts, chosen = kernel_texts(load(sound(tmp_path / "model")))
+    folder, trace = tmp_path / "small.effc", tmp_path / "ran"
+    story = artifact.Story(lock={"kernels": chosen}, kernels=texts)
+    artifact.write(load(tmp_path / "model"), folder, story)
+    due = generate(load(folder).materialize(), IDS, max_new_tokens=3, kernels="c")
+    assert told(folder) == (True, "kernels/program.c")
+
+    spoilt = f"""{texts["program.c"]}
+#include <stdio.h>
+__attribute__((constructor)) static void leave(void) {{ fclose(fopen("{trace}", "w")); }}
+"""
+    if "text" in lie:
+        (folder / "kernels" / "program.c").write_text(spoilt)
+        resign(folder, "kernels/program.c")
+    lock = {"program": hashlib.sha256(spoilt.encode()).hexdigest()[:16]} if "key" in lie else {}
+    lock |= {"specs": {"\x1b[2J": {"op": "system"}}} if "specs" in lie else {}
+    _graph(lambda g: g["kernels"].update(lock), "lock.json")(folder)
+
+    assert torch.equal(generate(load(folder).materialize(), IDS, max_new_tokens=3, kernels="c"), due)
+    by = {"the text": "was edited", "the specs in the lock": "other kernels than are chosen here"}
+    words = by.get(lie, "was written by another version")
+    assert told(folder)[0] is None
+    assert words in told(folder)[1]
+    assert verify(folder)["holds"]
+    asked = argparse.Namespace(model=str(folder), kernels="c", isa=None)
+    assert cli_result._choice(load(folder), asked).kernels == "c"
+    said = capsys.readouterr().err
+    assert words in said
+    assert "\x1b" not in said
+    assert not trace.exists()
+
+
+def told(folder: Path) -> tuple[bool | None, str]:
+    """What `effc verify` says about kept kernels."""
+    found = {c["what"]: (c["holds"], c["detail"]) for c in verify(folder)["checks"]}
+    return found["kernels are those that run here"]
 
 
 def test_weights_changed_in_place_are_found_by_check(folder: Path) -> None:
