@@ -6,6 +6,7 @@ order     pre, post or parallel (compiler/assemble.py)
 blocks    embedding, layer.*, norm, head, tail: block type and arguments; `=word` is a value of `config`
 tensors   canonical module -> module on disk, with {i} for the layer and {e} for the expert
 fused     tensors on disk that hold several canonical ones
+extends   families whose models are written as this one once they have its other blocks (compiler/kin.py)
 beside    tensors of poolers and task heads: not computed with, carried through to an export
 ignore    buffers on disk that are computed anew
 """
@@ -76,6 +77,7 @@ class Architecture:
     """Canonical module -> the shape its weight has on disk (numbers, `=word`, -1 for the rest)."""
     bare: frozenset[str] = frozenset()
     """Canonical modules whose tensor on disk has the module's name alone, without `.weight`."""
+    extends: tuple[str, ...] = ()
     writes: Mapping[str, str] = field(default_factory=dict)
     """Our word -> configuration key, for what a stage may change (layers, hidden, ...)."""
 
@@ -137,6 +139,7 @@ def architecture(name: str) -> Architecture:
         beside=tuple(data.get("beside", ())),
         shaped=shaped,
         bare=frozenset(bare),
+        extends=tuple(data.get("extends", ())),
         writes={word: _key(how) for word, how in data["config"].items() if _key(how)},
     )
 

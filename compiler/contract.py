@@ -34,18 +34,41 @@ class Fact:
         head = f"{self.name}({self.region})"
         if not self.condition:
             return head
-        return f"{head} when {' and '.join(f'{field} = {_word(value)}' for field, value in self.condition)}"
+        return f"{head} when {_words(self.condition)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How far the outputs may move, relative to their range; None when no bound is promised."""
+    """How far the outputs may move, relative to their range; None when no bound is promised.
+
+    `condition` holds pairs of a field of the method and the value for which this is promised; with other
+    values `otherwise` is.
+    """
 
     name: str
     tolerance: float | None = None
+    condition: tuple[tuple[str, Any], ...] = ()
+    otherwise: Fidelity | None = None
+
+    def when(self, otherwise: Fidelity, **fields: Any) -> Fidelity:
+        """Promised when every named field has the given value; `otherwise` when one has not."""
+        return replace(self, condition=tuple(fields.items()), otherwise=otherwise)
+
+    def of(self, method: object) -> Fidelity:
+        """What the arguments of `method` make of it."""
+        if self.otherwise is None:
+            return self
+        given = [(getattr(method, field), value) for field, value in self.condition]
+        # 1 is a number of channels, say, and 1.0 a share of them
+        if all(type(one) is type(value) and one == value for one, value in given):
+            return replace(self, condition=(), otherwise=None)
+        return self.otherwise.of(method)
 
     def __str__(self) -> str:
-        return f"WITHIN({self.tolerance:g})" if self.name == "WITHIN" else self.name
+        word = f"WITHIN({self.tolerance:g})" if self.name == "WITHIN" else self.name
+        if self.otherwise is None:
+            return word
+        return f"{word} when {_words(self.condition)}, else {self.otherwise}"
 
     @property
     def wants_training(self) -> bool:
@@ -81,6 +104,7 @@ class Contract:
     """How far the function moves; facts that must hold before, will hold after, end, or survive.
 
     Layout facts (packed, sparse, tied, low rank) that stand neither in `gives` nor in `keeps` are lost.
+    Read on a method with arguments, `method.contract` has the fidelity that these arguments promise.
     """
 
     fidelity: Fidelity
@@ -88,6 +112,15 @@ class Contract:
     gives: tuple[Fact, ...] = ()
     breaks: tuple[Fact, ...] = ()
     keeps: tuple[Fact, ...] = ()
+
+    def __get__(self, method: object | None, owner: type | None = None) -> Contract:
+        if method is None or self.fidelity.otherwise is None:
+            return self
+        return replace(self, fidelity=self.fidelity.of(method))
+
+
+def _words(condition: tuple[tuple[str, Any], ...]) -> str:
+    return " and ".join(f"{field} = {_word(value)}" for field, value in condition)
 
 
 def _word(value: Any) -> str:

@@ -92,7 +92,8 @@ def _words(hint: Any, metadata: Iterable[Any] = ()) -> str:
     if origin is Literal:
         return " | ".join(str(a) for a in args)
     if origin is tuple:
-        return f"list of {_words(args[0])}s"
+        inside = _words(args[0])
+        return f"list of {inside}" + ("" if inside == "data" else "s")
     if origin is Union or origin is type(int | str):
         return " or ".join(_words(a) for a in args if a is not type(None))
     plain = {int: "whole number", float: "number", str: "string", bool: "true or false"}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from effc.compiler.architecture import Architecture, architecture, read_config
 from effc.compiler.blocks import MLP, Attention, Embedding, LoraLinear, MoE, Unit
 from effc.compiler.importer import build
+from effc.compiler.kin import written_as
 from effc.compiler.model import Model
 from effc.compiler.places import Place, fused_groups, places
 from effc.compiler.presence import loaded
@@ -31,6 +32,8 @@ _STANDS_FOR = {
 """Units that a stage made -> the dense unit whose numbers they can give."""
 _STORAGE = {"dtype", "bits", "group", "symmetric", "scale_dtype", "rank", "alpha", "scaling", "dropout"}
 """Arguments that say how weights are stored and not what is computed from them."""
+_TRAINING = {"balance", "scope", "pooled", "capacity", "jitter"}
+"""Arguments that act in training alone."""
 
 
 def emitted(model: Model) -> dict[str, Any]:
@@ -39,8 +42,7 @@ def emitted(model: Model) -> dict[str, Any]:
     Raises:
         EffcError: E430 for a model without a known architecture, E432 when the source's config is not read.
     """
-    family = architecture(model.architecture)
-    config = dict(model.config)
+    family, config = written_as(model)
     before = read_config(family, config)
     for word, value in _sizes(model).items():
         key = family.writes.get(word)
@@ -82,7 +84,7 @@ def inexpressible(model: Model, dense: bool = False) -> list[str]:
     if not model.architecture:
         return ["the model has no architecture that other tools know"]
     try:
-        twin = build(architecture(model.architecture), emitted(model), main_dtype(model))
+        twin = build(written_as(model)[0], emitted(model), main_dtype(model))
     except EffcError as problem:
         return [note for d in problem.diagnostics for note in (d.title, *d.notes)][:4]
     found = _packed(model) if not dense else []
@@ -111,8 +113,9 @@ def stored_tensors(model: Model) -> dict[str, LazyTensor]:
     source's poolers and task heads follow as they were.
     The model must be expressible; its tensors are read as they are needed.
     """
-    twin = build(architecture(model.architecture), emitted(model), main_dtype(model))
-    table = places(architecture(model.architecture), twin)
+    family, _ = written_as(model)
+    twin = build(family, emitted(model), main_dtype(model))
+    table = places(family, twin)
     shapes = {name: tuple(t.shape) for name, t in twin.tensors().items()}
     absent = {name for name, tensor in model.tensors().items() if tensor.is_meta and name in model.weights}
     found: dict[str, LazyTensor] = {}
@@ -139,8 +142,9 @@ def stored_names(model: Model) -> dict[str, str] | None:
     None where one is joined, turned, computed or written twice, or where tensors travel beside the model.
     The model must be expressible.
     """
-    twin = build(architecture(model.architecture), emitted(model), main_dtype(model))
-    table = places(architecture(model.architecture), twin)
+    family, _ = written_as(model)
+    twin = build(family, emitted(model), main_dtype(model))
+    table = places(family, twin)
     groups = dict(fused_groups(table))
     plain = all(_as_it_is(model, parts, table[parts[0]]) for parts in groups.values())
     names = {name: parts[0] for name, parts in groups.items()}
@@ -211,7 +215,9 @@ def _standing(module: nn.Module) -> str:
 def _differing(mine: Unit, other: Unit) -> str:
     """Arguments that differ, in words."""
     ours, theirs = mine.spec(), other.spec()
-    keys = [k for k in theirs if k not in _STORAGE | {"type"} and k in ours and ours[k] != theirs[k]]
+    keys = [
+        k for k in theirs if k not in _STORAGE | _TRAINING | {"type"} and k in ours and ours[k] != theirs[k]
+    ]
     return ", ".join(f"{k} {_short(ours[k])} where the config gives {_short(theirs[k])}" for k in keys)
 
 

@@ -11,12 +11,16 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from effc.compiler.blocks.averaged import Averaged
+from effc.compiler.blocks.carved import Carved
 from effc.compiler.blocks.embedding import Embedding
 from effc.compiler.blocks.linear import Linear, StackedLinear
 from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.blocks.low_rank_linear import LowRankLinear
+from effc.compiler.blocks.moe import MoE
 from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.quant_linear import Packed
+from effc.compiler.blocks.tempered import Tempered
 from effc.compiler.contract import Fact
 from effc.compiler.method import Method
 from effc.compiler.model import Model
@@ -86,6 +90,22 @@ def sparse(model: Model, paths: Sequence[str]) -> bool:
     return _all(bool((w == 0).any()) for w in _weights(model, paths))
 
 
+def carved(model: Model, paths: Sequence[str]) -> bool:
+    """Some block is made of slices of a dense one."""
+    return any(isinstance(model.module(above), Carved) for path in paths for above in _above(path))
+
+
+def ensemble(model: Model, paths: Sequence[str]) -> bool:
+    """Some block trains several networks and computes with their mean."""
+    return any(isinstance(model.module(above), Averaged) for path in paths for above in _above(path))
+
+
+def mixture(model: Model, paths: Sequence[str]) -> bool:
+    """Some block chooses for each token which of its experts run."""
+    kinds = MoE | Carved | Tempered
+    return any(isinstance(model.module(above), kinds) for path in paths for above in _above(path))
+
+
 def trainable(model: Model, paths: Sequence[str]) -> bool:
     """Some weight is a floating-point parameter, so a gradient can move it."""
     units = [model.module(p) for p in paths]
@@ -109,8 +129,11 @@ def sparse_in_groups(n: int, m: int) -> Predicate:
 
 PREDICATES: Mapping[str, Predicate] = {
     "adapter": adapter,
+    "carved": carved,
     "dense": dense,
+    "ensemble": ensemble,
     "low_rank": low_rank,
+    "mixture": mixture,
     "packed": packed,
     "sparse": sparse,
     "sparse_2_4": sparse_in_groups(2, 4),
@@ -120,6 +143,11 @@ PREDICATES: Mapping[str, Predicate] = {
     "unit_gain": unit_gain,
 }
 """Name -> how it is measured."""
+
+
+def _above(path: str) -> list[str]:
+    """The paths of the modules that hold the one at a path."""
+    return [path[:i] for i, c in enumerate(path) if c == "."]
 
 
 def _all(found: Iterable[bool]) -> bool:

@@ -60,6 +60,12 @@ class Batch:
     step: Step
     """positions, packing and masks for the blocks that mix positions"""
 
+    tally: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """Counts that the parts of one optimizer step add up, for losses over the whole step."""
+    at: int = 0
+    """The optimizer step that it belongs to, counted from 0."""
+    of: int = 1
+    """How many optimizer steps the training has."""
 
 @runtime_checkable
 class Data(Protocol):

@@ -19,7 +19,9 @@ from torch import Tensor
 from effc.compiler.blocks.attention import attend as _attend
 from effc.compiler.blocks.head import softcap as _softcap
 from effc.compiler.blocks.mlp import ACTIVATIONS
+from effc.compiler.blocks.moe import best
 from effc.compiler.blocks.rope import rotate, tables
+from effc.compiler.blocks.tempered import gated, kept
 from effc.compiler.blocks.unit import DTYPES
 from effc.compiler.packing import unpack as _unpack
 from effc.compiler.step import Step
@@ -216,9 +218,48 @@ def shape_like(y: Tensor, like: Tensor) -> Tensor:
 def route(scores: Tensor, like: Tensor, *, active: int, renormalize: bool) -> tuple[Tensor, Tensor]:
     """scores [N, E] -> weights [N, k] in like's dtype and chosen [N, k]: the k largest of the softmax"""
     wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    weights, chosen = torch.topk(torch.softmax(wide, -1), active, dim=-1)
-    weights = weights / weights.sum(-1, keepdim=True) if renormalize else weights
+    weights, chosen = best(torch.softmax(wide, -1), active, renormalize)
     return weights.to(like.dtype), chosen
+
+
+@_op(gives=2)
+def temper(scores: Tensor, like: Tensor, *, act: str, tau: float, least: float) -> tuple[Tensor, Tensor]:
+    """scores [N, E] -> weights [N, E] in like's dtype and numbers [N, E], E for a weight below `least`"""
+    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    weights, chosen = kept(torch.softmax(gated(wide, act) / tau, -1), least)
+    return weights.to(like.dtype), chosen
+@_op()
+def mean_expert(w: Tensor) -> Tensor:
+    """w [E, o, i] -> the mean [o, i], taken in float32 at least"""
+    wide = w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
+    return wide.mean(0).to(w.dtype)
+
+
+@_op()
+def first_copy(y: Tensor) -> Tensor:
+    """y [N, 1, d] -> [N, d]: of a token that runs through one expert"""
+    return y[:, 0]
+
+
+@_op()
+def largest(scores: Tensor) -> Tensor:
+    """scores [..., E] -> the number of the largest [...]"""
+    return scores.argmax(-1)
+
+
+@_op()
+def tell(x: Tensor, step: Step, value: Tensor, *, side: str) -> Tensor:
+    """x as it is; later blocks find the value under its name among the sides of the step"""
+    step.sides[side] = value
+    return x
+
+
+@_op()
+def told(step: Step, *, side: str) -> Tensor:
+    """What an earlier block told of each token [B, T] -> [N, 1]"""
+    return step.sides[side].reshape(-1, 1)
+
+
 
 
 @_op()

@@ -33,6 +33,11 @@ ROLES = (
     "conv",
     "other",
 )
+    "moe.shared.gate",
+    "moe.shared.up",
+    "moe.shared.down",
+    "moe.channels",
+    "router",
 """Every role name there is; the last three belong to traced modules."""
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
@@ -79,6 +84,8 @@ def renumber(path: str, layers: Mapping[int, int]) -> str:
 
 
 def layer_of(path: str) -> int | None:
+    if layer is None and rest.startswith("router."):
+        return Role("router")
     """The layer a canonical path lies in."""
     found = _LAYER.match(path)
     return int(found[1]) if found else None

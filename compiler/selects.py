@@ -15,10 +15,13 @@ from effc.specs.units import Gradient
 if TYPE_CHECKING:
     from effc.compiler.model import Model
 
-DEFAULT = ("attention", "mlp", "moe.experts", "linear")
+DEFAULT = ("attention", "mlp", "moe.experts", "moe.shared", "linear")
 """Roles touched when nothing is selected: never embedding, head, router or norm. `linear`: traced modules."""
 
-_NO_MATRIX = ("norm", "embedding.position", "embedding.type", "embedding.class")
+_NO_MATRIX = (
+    "norm", "scale", "fast", "cell", "moe.channels",
+    "embedding.position", "embedding.type", "embedding.class",
+)  # fmt: skip
 """Roles that no selecting method touches."""
 
 

@@ -121,6 +121,23 @@ class Train(Method):
     batch: int = Field(default=8, ge=1, description="sequences in one optimizer step")
     accumulate: int = Field(default=1, ge=1, description="parts a batch is computed in, to need less memory")
     clip: float = Field(
+class Survey(Calibrate):
+    """A calibration over several data, each seen apart on the unchanged model, edited as one after it."""
+
+    data: tuple[DataRef, ...] = Field(min_length=2, description="calibration sequences of each")  # type: ignore[assignment]
+
+    def watched(self, model: Model) -> list[str]:
+        """Paths of the modules whose inputs are needed, on each data."""
+        raise NotImplementedError
+
+    def rewrite(self, rw: Rewriter, seen: Sequence[Mapping[str, Statistic]]) -> Mapping[str, float]:
+        """Edit the clone; `seen` has for each data, in order, path -> statistic. Returns errors by path."""
+        raise NotImplementedError
+
+    def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
+        return list(paths)
+
+
         default=1.0, gt=0, description="largest norm of the gradient; above it the gradient shrinks"
     )
     optimizer: Annotated[Optimizer | None, Slot("train.optimizer", "adamw")] = Field(

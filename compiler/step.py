@@ -100,6 +100,8 @@ class Step:
             near = keys > query - window if causal else (keys - query).abs() < window
             seen = seen & near
         full = seen[None, None]
+    sides: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """What a block before the layers says about every token [B, T], for all blocks behind it."""
         if self.segments is not None:
             full = full & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
         if self.key_mask is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.cost import count
 from effc.compiler.method import Work
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -62,9 +63,7 @@ def untrainable(kind: str, model: Model, train: str | tuple[str, ...] = "all") -
         help_ = "choose some in `train`, or leave it out: all weights train then"
         return [Diagnostic("E650", f"`{kind}` would train nothing", help=help_, about="train")]
     packed = [
-        name.rpartition(".")[0]
-        for name, tensor in model.tensors().items()
-        if not tensor.is_floating_point() and _holder(name, inside)
+        path for path, unit in model.units() if isinstance(unit, Packed) and _holder(f"{path}.packed", inside)
     ]
     if not packed:
         return []

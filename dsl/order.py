@@ -12,7 +12,7 @@ from effc.dsl.held import Held, State, after, arguments_of, loaded, shared, surv
 from effc.dsl.region import overlap, region_of, selected
 from effc.specs.catalogue import Catalogue, Entry
 from effc.specs.diagnostic import Diagnostic, Label
-from effc.specs.facts import Claim, claim, export_rules, facts
+from effc.specs.facts import Claim, claim, export_rules, facts, promised
 from effc.specs.recipe import Binding, Export, Recipe, Ref
 from effc.specs.source import Span
 
@@ -157,6 +157,8 @@ def _never_given(binding: Binding, need: Claim, ref: Ref) -> Diagnostic:
     label = Label(_call_span(binding), f"needs models whose weights {facts()[need.fact].says}")
     help_ = {
         "adapter": f'put adapt.lora(...) before it, or read one: adapter("...", on = {ref.name})',
+        "carved": "put moe.carve(...) before it",
+        "ensemble": "put moe.ewa(...) and a training stage before it",
     }.get(need.fact, f"let a stage give {need.fact} before")
     return Diagnostic("E301", f"`{binding.call.kind}` finds no {need.fact} in `{ref}`", [label], help=help_)
 
@@ -225,7 +227,7 @@ def _unhealed(recipe: Recipe, catalogue: Catalogue) -> Iterator[Diagnostic]:
             children.setdefault(ref.name, []).append(binding)
     for binding in recipe.bindings:
         entry = catalogue.find(binding.call.kind)
-        if entry is None or entry.contract != "HEALED":
+        if entry is None or promised(entry.contract, arguments_of(binding.call, entry)) != "HEALED":
             continue
         todo, seen = [binding.name], set[str]()
         while todo:

@@ -11,7 +11,7 @@ from effc.specs.facts import Claim
 from effc.specs.recipe import Call
 from effc.specs.selector import Name, Selector, SelectorError
 
-_DEFAULT = ("attention", "mlp", "moe.experts", "linear")
+_DEFAULT = ("attention", "mlp", "moe.experts", "moe.shared", "linear")
 _SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80)
 """Numbers of layers on which overlaps are tried while the model is unknown."""
 
@@ -62,6 +62,9 @@ def _decoder(layers: int) -> tuple[Name, ...]:
         "moe.experts.gate",
         "moe.experts.up",
         "moe.experts.down",
+        "moe.shared.gate",
+        "moe.shared.up",
+        "moe.shared.down",
     )
     deep = [Name(f"layers.{i}.{role}", role, i) for i in range(layers) for role in inner]
     return (Name("embedding", "embedding"), *deep, Name("head", "head"))

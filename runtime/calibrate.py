@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -24,9 +24,10 @@ from effc.compiler.model import Model
 from effc.compiler.presence import owners_below
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
-from effc.compiler.shapes import Calibrate, Observe, Statistic
+from effc.compiler.shapes import Calibrate, Observe, Statistic, Survey
 from effc.compiler.step import Step
 from effc.compiler.weights import LazyTensor
+from effc.runtime.data._several import Several, split_of
 from effc.runtime.heap import returning
 from effc.runtime.hidden import Hidden
 from effc.runtime.peak import trim
@@ -45,6 +46,8 @@ def calibrate(method: Calibrate, model: Model, context: Context) -> Outcome:
         KeyboardInterrupt: when the context asks to stop; what is in the journal stays.
     """
     with returning(), torch.no_grad():
+        if isinstance(method, Survey):
+            return _surveyed(method, model, context)
         run = _Run(method, model, context)
         try:
             return run.observed(method) if isinstance(method, Observe) else run.rewritten()
@@ -72,13 +75,14 @@ class _Run:
         self.rw = Rewriter(model, method.kind)
         before, self.layers, after = segments(self.rw.model.gm.graph)
         targets: list[str] = list(method.targets(model)) if isinstance(method, Selects) else []
+        targets += method.watched(model) if isinstance(method, Survey) else []
         self.before = _part("before", before, targets)
         self.parts = [_part(f"layer-{i}", layer.nodes, targets) for i, layer in enumerate(self.layers)]
         self.after = _part("after", after, targets)
         self.batches: list[list[int]] = []
         if method.data is not None:  # a method may do without, and is streamed all the same
             self.data = context.data["data"]
-            self.split = method.data.split or "train"
+            self.split = split_of(method)
             self.batches = _batches(self.data, self.split, method.samples, context.seed)
         self.saved = lru_cache(maxsize=1)(lambda unit: cast(Journal, context.journal).read(unit)[0])
         self.steps: list[Step] = []
@@ -99,6 +103,18 @@ class _Run:
             self._tick(index + 1)
         scores = dict(method.rewrite(self.rw, seen))
         return self._outcome({"scores": scores})
+
+    def seen(self) -> dict[str, Statistic]:
+        """The statistics of all watched modules of the unchanged model."""
+        found: dict[str, Statistic] = {}
+        self._enter()
+        for index, part in enumerate(self.parts):
+            with self._present(part):
+                found |= self._watch(part, index)
+                for batch in self.hidden:
+                    self.hidden.put(batch, self._through(index, batch, self.hidden.get(batch)))
+            self._tick(index + 1)
+        return found
 
     def rewritten(self) -> Outcome:
         """Edit part after part; each sees what the edited ones before it produce."""
@@ -226,6 +242,25 @@ class _Run:
     def _outcome(self, measures: dict[str, Any]) -> Outcome:
         sequences = sum(map(len, self.batches))
         return Outcome(self.rw.done(), tuple(self.rw.log), measures | {"sequences": sequences})
+
+
+def _surveyed(method: Survey, model: Model, context: Context) -> Outcome:
+    """Look at the unchanged model on each data, then edit it; a stopped survey starts again."""
+    seen: list[Mapping[str, Statistic]] = []
+    sequences = 0
+    for data in cast(Several, context.data["data"]).each():
+        run = _Run(method, model, replace(context, data={"data": data}, journal=None))
+        try:
+            seen.append(run.seen())
+        finally:
+            run.hidden.drop()
+        sequences += sum(map(len, run.batches))
+    rw = Rewriter(model, method.kind)
+    rw.model.materialize()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.seed)
+        errors = dict(method.rewrite(rw, seen))
+    return Outcome(rw.done(), tuple(rw.log), {"errors": errors, "sequences": sequences})
 
 
 def _part(name: str, nodes: Sequence[fx.Node], targets: Sequence[str]) -> Part:

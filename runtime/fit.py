@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from effc.compiler.auxiliary import after_step
 from effc.compiler.losses import IGNORED
 from effc.compiler.method import Batch, Context, Data, Outcome, Schedule
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Edit, Rewriter
 from effc.compiler.shapes import Train
 from effc.runtime.curve import Curve
+from effc.runtime.data._several import split_of
 from effc.runtime.parts.train.optimizer.adamw import AdamW
 from effc.runtime.parts.train.schedule.cosine import Cosine
 from effc.runtime.precision import working_dtype
@@ -52,7 +54,7 @@ class _Training:
     def __init__(self, method: Train, rw: Rewriter, context: Context) -> None:
         self.method, self.rw, self.context = method, rw, context
         self.data: Data = context.data["data"]
-        self.split = method.data.split or "train"
+        self.split = split_of(method)
         self._refuse()
         self._order: tuple[int, np.ndarray[Any, Any]] = (-1, np.empty(0))
         dtype = working_dtype(method.precision, context.device, context.precision)
@@ -99,7 +101,9 @@ class _Training:
         for group, full in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = full * rate
         losses: dict[str, float] = {}
-        parts = [self._moved(b) for b in self._batches(step)]
+        tally: dict[str, torch.Tensor] = {}
+        of = self.method.steps
+        parts = [replace(self._moved(b), tally=tally, at=step, of=of) for b in self._batches(step)]
         counts = [int((b.labels != IGNORED).sum()) for b in parts]
         for batch, count in zip(parts, counts, strict=True):
             share = count / max(1, sum(counts))
@@ -112,6 +116,7 @@ class _Training:
         if not (math.isfinite(losses["total"]) and math.isfinite(norm)):
             raise _diverged(self.method.kind, step, losses["total"], norm, self.rates[0] * rate)
         self.optimizer.step()
+        after_step(self.student, self.moving.masters, (step + 1) / self.method.steps)
         self.moving.publish()
         return losses
 

@@ -17,6 +17,7 @@ from effc.compiler.placed import placed as placed_in
 from effc.runtime import tiny as small
 from effc.runtime.bind import spec_of
 from effc.runtime.clock import Clock
+from effc.runtime.data._several import Several
 from effc.runtime.fingerprints import hash_of
 from effc.runtime.load import open_model
 from effc.runtime.objects import identity_of
@@ -64,8 +65,17 @@ class Opening:
 
     def data_of(self, binding: Binding, model: Model) -> dict[str, Any]:
         """Argument -> opened data, for every argument of a stage that names data."""
-        named = {k: v for k, v in binding.call.arguments.items() if isinstance(v, Ref)}
-        return {k: self.data(v.name, model) for k, v in named.items() if self._is(v, "data")}
+        found: dict[str, Any] = {}
+        for key, value in binding.call.arguments.items():
+            named = [ref for ref in refs(value) if self._is(ref, "data")]
+            if isinstance(value, Ref) and named:
+                found[key] = self.data(value.name, model)
+            elif named:
+                opened = [self.data(ref.name, model) for ref in named]
+                where = binding.call.spans.get(key) or binding.call.span
+                with placed(where, binding.call):
+                    found[key] = Several([ref.name for ref in named], opened, [ref.split for ref in named])
+        return found
 
     def models_of(self, binding: Binding, models: Mapping[str, Model]) -> dict[str, Model]:
         """Argument -> model, for every argument of a stage that names a model."""

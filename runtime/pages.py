@@ -57,8 +57,10 @@ def _methods() -> list[Entry]:
 
 
 def _row(entry: Entry) -> str:
-    word = str(entry.contract or "").split()[0].strip("(),").lower()
-    cells = [f"`{entry.kind}`", entry.summary, _FIDELITY.get(word, word), str(entry.paper or "folklore")]
+    word, when, condition = str(entry.contract or "").partition(" when ")
+    word = word.partition("(")[0].lower()
+    function = _FIDELITY.get(word, word) + when + condition.partition(", else ")[0]
+    cells = [f"`{entry.kind}`", entry.summary, function, str(entry.paper or "folklore")]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -21,7 +21,7 @@ from effc.dsl.unparse import value as printed
 from effc.dsl.values import Values
 from effc.specs.catalogue import Catalogue, Entry
 from effc.specs.diagnostic import Diagnostic, EffcError, Label
-from effc.specs.recipe import Call, Ref
+from effc.specs.recipe import Call, Ref, refs
 from effc.specs.source import Source
 
 
@@ -51,10 +51,11 @@ def _in_words(call: Call, entry: Entry, known: Catalogue) -> Iterator[tuple[str,
     kinds: dict[str, str] = {}
     for key, value in call.arguments.items():
         parameter = entry.parameter(key)
-        if isinstance(value, Ref) and parameter:
-            name = tree.Word(value.name, again.span)
-            scope.bindings[value.name] = tree.Bind("stage", name, again, again.span)
-            kinds[value.name] = "data" if parameter.takes("data") else "model"
+        kind = "data" if parameter is not None and parameter.takes("data") else "model"
+        for ref in refs(value) if isinstance(value, Ref | tuple) and parameter else ():
+            name = tree.Word(ref.name, again.span)
+            scope.bindings[ref.name] = tree.Bind("stage", name, again, again.span)
+            kinds[ref.name] = kind
     problems: list[Diagnostic] = []
     Values(scope, known, problems, kinds, set()).call(again, entry, again.values)
     for problem in problems:

@@ -22,7 +22,8 @@ from effc.compiler.selected import selector_report
 from effc.compiler.shapes import Merge
 from effc.runtime.artifact import Story
 from effc.runtime.bind import method_of
-from effc.runtime.compiled import Compiled, ExpectRun, StageRun
+from effc.runtime.compiled import Compiled, ExpectRun, ReportRun, StageRun
+from effc.runtime.data._several import Several
 from effc.runtime.gates import Gates
 from effc.runtime.judging import Judging
 from effc.runtime.key import key_of, seed_for, stage_parts
@@ -129,7 +130,9 @@ class Run:
         call = binding.call
         inputs = {ref.name: self.fingerprints[ref.name] for ref in call.models}
         for name, value in call.arguments.items():
-            if name in data:
+            if isinstance(found := data.get(name), Several):
+                inputs |= found.fingerprints
+            elif name in data:
                 inputs[value.name] = data[name].fingerprint  # type: ignore[union-attr]
         for ref in self.opening.names_within(binding):
             if ref.name not in inputs:

@@ -16,7 +16,7 @@ from effc.runtime.data.corpus import Corpus, listed_files
 from effc.runtime.load import open_model
 from effc.runtime.machine import disk_free
 from effc.specs.diagnostic import Diagnostic, EffcError
-from effc.specs.recipe import Binding, Export, Recipe, Ref
+from effc.specs.recipe import Binding, Export, Recipe, refs
 
 
 class Files:
@@ -68,7 +68,7 @@ class Files:
 
     def _seq(self, binding: Binding) -> int:
         """Tokens in a sequence of the stage's data, 0 without data."""
-        for value in binding.call.arguments.values():
-            if isinstance(value, Ref) and (source := self.recipe.stage(value.name)).value == "data":
+        for ref in refs(binding.call.arguments):
+            if (source := self.recipe.stage(ref.name)).value == "data":
                 return int(getattr(spec_of("data", source.call), "seq", 0))
         return 0

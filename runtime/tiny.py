@@ -24,6 +24,8 @@ LIMITS: Mapping[str, int] = {
     "seq": 32,
     "group": 32,
     "rank": 4,
+    "router_steps": 1,
+    "expert_steps": 1,
 }
 """Greatest value of an argument of this name, wherever it stands."""
 

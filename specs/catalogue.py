@@ -40,7 +40,7 @@ class Form:
             return " | ".join(str(choice) for choice in self.choices)
         if self.type == "list":
             inside = " or ".join(str(form) for form in self.item) or "value"
-            return f"list of {inside}s"
+            return f"list of {inside}" + ("" if inside == "data" else "s")
         if self.type == "part":
             return f"part of {self.slot}"
         return self.unit or _WORDS.get(self.type, self.type)
@@ -89,7 +89,9 @@ class Parameter:
         return next((form.slot for form in self.forms if form.slot), None)
 
     def takes(self, type_: str) -> bool:
-        return any(form.type == type_ for form in self.forms)
+        """Whether the argument may be of this type, or a list of it where it may be data or a model."""
+        inner = [item.type for form in self.forms for item in form.item if item.type in ("data", "model")]
+        return type_ in (*(form.type for form in self.forms), *inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ class Entry:
     doc: str = ""
     paper: str = "folklore"
     contract: str = ""
-    """Fidelity of a method: EXACT, WITHIN(x), LOSSY, HEALED, TRAIN."""
+    """Fidelity of a method: EXACT, WITHIN(x), LOSSY, HEALED, TRAIN; `EXACT when a = b, else HEALED`."""
     needs: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
     breaks: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -18,7 +18,7 @@ class FactKind:
 
     name: str
     says: str
-    loaded: bool = False
+    loaded: bool | Literal["unknown"] = False
     excludes: tuple[str, ...] = ()
     implies: tuple[str, ...] = ()
     of: str = "structure"
@@ -80,6 +80,25 @@ def _file() -> Mapping[str, Any]:
 
 def _tuples(line: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in line.items()}
+
+
+def promised(fidelity: str, arguments: Mapping[str, Any]) -> str:
+    """What a contract's fidelity, e.g. `EXACT when renorm = true, else HEALED`, is with these arguments."""
+    word, _, rest = fidelity.partition(" when ")
+    if not rest:
+        return word
+    condition, _, otherwise = rest.partition(", else ")
+    pairs = [part.split(" = ") for part in condition.split(" and ")]
+    met = all(_equal(arguments.get(name), value) for name, value in pairs)
+    return word if met else promised(otherwise, arguments)
+
+
+def _equal(value: Any, written: str) -> bool:
+    """Whether a value is the one written; 1 is a number and 1.0 a share, 0 is both."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and written[:1].isdigit():
+        alike = isinstance(value, float) == ("." in written) or value == 0
+        return alike and float(written) == value
+    return _word(value) == written
 
 
 def _word(value: Any) -> str:

@@ -1,6 +1,8 @@
 """Blocks and units: the modules a model is made of, each with a typed constructor and no pickle."""
 
 from effc.compiler.blocks.attention import Attention
+from effc.compiler.blocks.averaged import Averaged
+from effc.compiler.blocks.carved import Carved, Channels
 from effc.compiler.blocks.embedding import Embedding, Table
 from effc.compiler.blocks.head import Scale, Softcap
 from effc.compiler.blocks.linear import Linear, StackedLinear
@@ -10,13 +12,18 @@ from effc.compiler.blocks.mlp import MLP
 from effc.compiler.blocks.moe import Experts, MoE
 from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.patch_embed import PatchEmbed
+from effc.compiler.blocks.pre_gate import PreGate
 from effc.compiler.blocks.quant_linear import QuantEmbedding, QuantLinear, QuantStackedLinear
+from effc.compiler.blocks.tempered import Tempered
 from effc.compiler.blocks.unit import REGISTRY, Unit
 
 __all__ = [
     "MLP",
     "REGISTRY",
     "Attention",
+    "Averaged",
+    "Carved",
+    "Channels",
     "Embedding",
     "Experts",
     "Linear",
@@ -25,6 +32,7 @@ __all__ = [
     "MoE",
     "Norm",
     "PatchEmbed",
+    "PreGate",
     "QuantEmbedding",
     "QuantLinear",
     "QuantStackedLinear",
@@ -32,5 +40,6 @@ __all__ = [
     "Softcap",
     "StackedLinear",
     "Table",
+    "Tempered",
     "Unit",
 ]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 from torch import Tensor
 
+from effc.compiler.auxiliary import answered, total
 from effc.compiler.contract import TRAIN, Contract, Fact
 from effc.compiler.losses import cross_entropy
 from effc.compiler.method import Batch, Work
@@ -43,8 +44,8 @@ class Full(Train):
         return untrainable(self.kind, model, self.train)
 
     def loss(self, student: Model, teachers: Mapping[str, Any], batch: Batch) -> Mapping[str, Tensor]:
-        loss = cross_entropy(student(batch.ids, step=batch.step), batch.labels)
-        return {"total": loss}
+        z, more = answered(student, batch)
+        return total(cross_entropy(z, batch.labels), more)
 
     def work(self, model: Model, seq: int = 0) -> Work:
         return training_work(self, model, seq)

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from effc.compiler.auxiliary import answered, total
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.blocks.quant_linear import QuantLinear
@@ -81,7 +82,8 @@ class Lora(Selects, Train):
     def loss(self, student: Model, teachers: Mapping[str, Model], batch: Batch) -> Mapping[str, Tensor]:
         if self.dropout:
             student.train()
-        return {"total": cross_entropy(student(batch.ids, step=batch.step), batch.labels)}
+        z, more = answered(student, batch)
+        return total(cross_entropy(z, batch.labels), more)
 
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
         """Each problem once, with the modules that have it."""

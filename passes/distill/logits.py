@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from effc.compiler.auxiliary import answered, total
 from effc.compiler.contract import TRAIN, Contract, Fact
 from effc.compiler.losses import IGNORED, surprise, weighted
 from effc.compiler.method import Batch, ModelRef, Work
@@ -73,14 +74,14 @@ class Logits(Train):
         """kd, ce and their weighted sum."""
         with torch.no_grad():
             told = teachers["teacher"](batch.ids, step=batch.step)
-        z = student(batch.ids, step=batch.step)
+        z, more = answered(student, batch)
         distance = divergence(self.direction, self.temperature, self.beta)
         terms = [
             (self.kd, lambda z_s, labels, z_t: distance(z_s, z_t)),
             (self.ce, lambda z_s, labels, z_t: surprise(z_s, labels)),
         ]
-        total, (kd, ce) = weighted(z, batch.labels != IGNORED, terms, batch.labels, told)
-        return {"total": total, "kd": kd, "ce": ce}
+        loss, (kd, ce) = weighted(z, batch.labels != IGNORED, terms, batch.labels, told)
+        return total(loss, more) | {"kd": kd, "ce": ce}
 
     def work(self, model: Model, seq: int = 0) -> Work:
         return training_work(self, model, seq, teachers=1, teacher=model)

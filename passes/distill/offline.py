@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from effc.compiler.auxiliary import answered, total
 from effc.compiler.contract import TRAIN, Contract, Fact
 from effc.compiler.losses import IGNORED, surprise, weighted
 from effc.compiler.method import Batch, Context, ModelRef, Work
@@ -87,13 +88,13 @@ class Offline(Train):
         """kd, ce and their weighted sum."""
         captured: Captured = teachers["teacher"]
         ids, logp = captured.told(batch)
-        z = student(batch.ids, step=batch.step)
+        z, more = answered(student, batch)
         terms = [
             (self.kd, lambda z_s, labels, i, p: self.distance(z_s, i, p)),
             (self.ce, lambda z_s, labels, i, p: surprise(z_s, labels)),
         ]
-        total, (kd, ce) = weighted(z, batch.labels != IGNORED, terms, batch.labels, ids, logp)
-        return {"total": total, "kd": kd, "ce": ce}
+        loss, (kd, ce) = weighted(z, batch.labels != IGNORED, terms, batch.labels, ids, logp)
+        return total(loss, more) | {"kd": kd, "ce": ce}
 
     def distance(self, z_s: Tensor, ids: Tensor, logp: Tensor) -> Tensor:
         """z_s [n, V], ids [n, k] int64, logp [n, k] -> [n] nats"""

@@ -25,12 +25,23 @@ class Corpus(Sequences):
     counts the difference. `heldout` therefore has no effect here.
     """
 
-    examples: ClassVar[tuple[str, ...]] = ('corpus("python-stdlib", seq = 256)',)
+    examples: ClassVar[tuple[str, ...]] = (
+        'corpus("python-stdlib", seq = 256)',
+        'corpus("python-stdlib", under = "asyncio")',
+    )
 
     name: Literal["python-stdlib"] = Field(description="which body of text")
+    under: str = Field(
+        default="", description="only files below this folder of it, e.g. asyncio: a domain of its own"
+    )
 
     def documents(self, vocabulary: Vocabulary) -> Sequence[Document]:
         found = _present(self.name)[0]
+        if self.under:
+            inside = f"{self.under.strip('/')}/"
+            found = tuple(document for document in found if document.where.startswith(inside))
+            if {d.split for d in found} != {"train", "heldout"}:
+                raise EffcError(self._lacking())
         if {d.split for d in found} != {"train", "heldout"}:
             raise EffcError(
                 Diagnostic(
@@ -41,6 +52,21 @@ class Corpus(Sequences):
                 )
             )
         return found
+
+    def _lacking(self) -> Diagnostic:
+        """No folder of this name has files in both splits."""
+        splits: dict[str, set[str]] = {}
+        for _, split, path in _listed(self.name):
+            folder, slash, _ = path.partition("/")
+            splits.setdefault(folder, set()).update([split] if slash else [])
+        whole = sorted(folder for folder, found in splits.items() if len(found) == 2)
+        return Diagnostic(
+            "E620",
+            f"`{self.name}` has no text of both splits below `{self.under}`",
+            notes=(f"folders that have: {', '.join(whole)}",),
+            help="name one of them, or leave `under` out",
+            about="under",
+        )
 
     def notices(self) -> tuple[Diagnostic, ...]:
         _, absent, changed = _present(self.name)

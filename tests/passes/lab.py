@@ -80,21 +80,22 @@ def data(name: str, seed: int, train: int = 600) -> Chains:
     return Chains(name, seed, train)
 
 
-def fresh(seed: int) -> Model:
-    """Random weights."""
+def fresh(seed: int, layers: int = 2, width: int = WIDTH) -> Model:
+    """Random weights, in heads of 16."""
     rope = {"rope_type": "default", "rope_theta": 10000.0}
-    layers = [
+    heads = width // 16
+    rows = [
         {
-            "norm1": Norm(width=WIDTH),
-            "attention": Attention(width=WIDTH, heads=4, kv_heads=4, head_dim=16, rope=rope),
-            "norm2": Norm(width=WIDTH),
-            "mlp": MLP(width=WIDTH, hidden=4 * WIDTH),
+            "norm1": Norm(width=width),
+            "attention": Attention(width=width, heads=heads, kv_heads=heads, head_dim=16, rope=rope),
+            "norm2": Norm(width=width),
+            "mlp": MLP(width=width, hidden=4 * width),
         }
-        for _ in range(2)
+        for _ in range(layers)
     ]
-    head = Linear(in_features=WIDTH, out_features=VOCAB)
-    gm = assemble(Embedding(vocab=VOCAB, width=WIDTH), layers, Norm(width=WIDTH), head)
-    config = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "vocab_size": VOCAB}
+    head = Linear(in_features=width, out_features=VOCAB)
+    gm = assemble(Embedding(vocab=VOCAB, width=width), rows, Norm(width=width), head)
+    config = {"hidden_size": width, "intermediate_size": 4 * width, "vocab_size": VOCAB}
     model = Model(
         gm, architecture="llama", config=config, tokenizer=TokenizerFiles({"tokenizer.json": b"{}"})
     )
@@ -110,8 +111,8 @@ def tuned(method: Train, model: Model, name: str, seed: int, draw: int = 0) -> M
     return fit(method, model, Context(seed + 100 * draw, {"data": data(name, seed)})).model
 
 
-def heldout(model: Model, name: str, seed: int, split: str = "heldout") -> float:
-    return loss(model, data(name, seed), split)
+def heldout(model: Model, name: str, seed: int, split: str = "heldout", train: int = 600) -> float:
+    return loss(model, data(name, seed, train), split)
 
 
 @cache
