@@ -1,0 +1,81 @@
+"""Emitted texts, held to those in tests/golden/kernels/: a changed emitter shows as a difference to read.
+
+`--update-golden` writes them anew. What all C files begin with (vectors, team) is in `norm.c` alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from effc.kernels.attention import emit_triton as flash
+from effc.kernels.attention.spec import AttentionGpuSpec
+from effc.kernels.cached_attention import emit_c as attention
+from effc.kernels.cached_attention.spec import CachedAttentionSpec
+from effc.kernels.dense_linear import emit_c as dense
+from effc.kernels.dense_linear.spec import DenseLinearSpec
+from effc.kernels.embed import emit_c as embed
+from effc.kernels.embed.spec import EmbedSpec
+from effc.kernels.gated import emit_triton as gated
+from effc.kernels.multi_lora import emit_c as lora
+from effc.kernels.multi_lora import emit_triton as lora_gpu
+from effc.kernels.multi_lora.spec import MultiLoraGpuSpec, MultiLoraSpec
+from effc.kernels.norm import emit_c as norm
+from effc.kernels.norm import emit_triton as norm_gpu
+from effc.kernels.norm.spec import NormSpec
+from effc.kernels.program.emit import STRUCT, emit
+from effc.kernels.quant_linear import emit_c as quant
+from effc.kernels.quant_linear import emit_triton as quant_gpu
+from effc.kernels.quant_linear.spec import QuantLinearSpec
+from effc.kernels.quant_linear.spec_gpu import TILES, WeightOnlySpec
+from effc.passes.lower.decoder import lower
+from tests.passes.test_lower import quantized
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "kernels"
+W4 = QuantLinearSpec(bits=4, group=64, symmetric=False, epilogue=("bias", "residual"))
+HEADS = CachedAttentionSpec(heads=8, kv_heads=2, head_dim=64, scale=0.125, rotated=64)
+
+
+def program() -> str:
+    """What a program has beside the texts of its kernels: a part for each kind of layer, and their order."""
+    text, _ = emit(lower(quantized()).plan)
+    return text[text.index(STRUCT) :]
+
+
+TEXTS: dict[str, Callable[[], str]] = {
+    "norm.c": lambda: norm.emit(NormSpec(eps=1e-5)),
+    "quant_linear.c": lambda: quant.function(W4),
+    "dense_linear.c": lambda: dense.function(DenseLinearSpec(weight="bfloat16")),
+    "embed.c": lambda: embed.function(EmbedSpec(table=None, packed=QuantLinearSpec(bits=4, group=64))),
+    "cached_attention.c": lambda: attention.function(HEADS),
+    "program.c": program,
+    "quant_linear.triton": lambda: quant_gpu.emit(
+        WeightOnlySpec(bits=4, group=128, symmetric=False, epilogue=("bias", "silu"), tiles=TILES[:1])
+    ),
+    "norm.triton": lambda: norm_gpu.emit(norm_gpu.NormGpuSpec(eps=1e-5, run=64)),
+    "gated.triton": lambda: gated.emit(gated.GatedSpec()),
+    "attention.triton": lambda: flash.emit(
+        AttentionGpuSpec(heads=32, kv_heads=8, head_dim=128, scale=0.125, window=4096)
+    ),
+    "multi_lora.triton": lambda: lora_gpu.emit(MultiLoraGpuSpec()),
+    "multi_lora.c": lambda: lora.function(MultiLoraSpec(factor="bfloat16")),
+}
+"""File -> the text that it holds. Files of Triton do not end in .py, as they are not this project's code."""
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_an_emitter_gives_its_golden_text(name: str, request: pytest.FixtureRequest) -> None:
+    text, place = TEXTS[name](), GOLDEN / name
+    if request.config.getoption("--update-golden"):
+        place.write_text(text)
+    due = place.read_text()
+    changed = difflib.unified_diff(due.splitlines(), text.splitlines(), "golden", "emitted", lineterm="", n=1)
+    assert text == due, "\n".join(changed)
+
+
+def test_every_golden_text_has_its_emitter() -> None:
+    kept = {path.name for path in GOLDEN.iterdir() if path.suffix in (".c", ".triton")}
+    assert kept == set(TEXTS)
