@@ -19,6 +19,11 @@ ROLES = (
     "attention.k",
     "attention.v",
     "attention.o",
+    "attention.gate",
+    "attention.forget_down",
+    "attention.forget_up",
+    "attention.rate",
+    "attention.momentum",
     "mlp",
     "mlp.gate",
     "mlp.up",
@@ -28,20 +33,26 @@ ROLES = (
     "moe.experts.gate",
     "moe.experts.up",
     "moe.experts.down",
-    "head",
-    "linear",
-    "conv",
-    "other",
-)
     "moe.shared.gate",
     "moe.shared.up",
     "moe.shared.down",
     "moe.channels",
     "router",
+    "head",
+    "scale",
+    "fast",
+    "cell",
+    "linear",
+    "conv",
+    "other",
+)
 """Every role name there is; the last three belong to traced modules."""
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 _LAST = {"position": "embedding.position", "token_type": "embedding.type", "cls": "embedding.class"}
+_LAST |= dict.fromkeys(("attention_scale", "mlp_scale", "moe_scale"), "scale")
+_LAST |= dict.fromkeys(("fast_in", "fast_gate", "fast_out", "q_affine", "k_affine"), "fast")
+_LAST |= dict.fromkeys(("peep", *(f"gate_{name}" for name in "zrcfu")), "cell")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -73,6 +84,8 @@ def canonical(path: str) -> Role | None:
     last = rest.rpartition(".")[2]
     if "norm" in last:  # norm, norm1, norm2_post, attention.q_norm, embedding.norm
         return Role("norm", layer)
+    if layer is None and rest.startswith("router."):
+        return Role("router")
     name = _LAST.get(last, rest)
     return Role(name, layer) if name in ROLES else None
 
@@ -84,8 +97,6 @@ def renumber(path: str, layers: Mapping[int, int]) -> str:
 
 
 def layer_of(path: str) -> int | None:
-    if layer is None and rest.startswith("router."):
-        return Role("router")
     """The layer a canonical path lies in."""
     found = _LAYER.match(path)
     return int(found[1]) if found else None
