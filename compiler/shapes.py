@@ -1,4 +1,6 @@
-"""The four shapes of a method, by what it must be given: nothing, data, a loop, other models."""
+"""The shapes of a method, by what it must be given: nothing, data, a loop, other models; and those that
+change nothing and report.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +19,7 @@ from effc.compiler.method import Batch, Context, DataRef, Method, Optimizer, Sch
 from effc.specs.diagnostic import Diagnostic
 
 if TYPE_CHECKING:
+    from effc.compiler.findings import Findings
     from effc.compiler.model import Model
     from effc.compiler.rewrite import Rewriter
 
@@ -55,6 +58,21 @@ class Rewrite(Method):
         self.rewrite(rw)
 
 
+class Join(Rewrite):
+    """Needs further models, of which parts go into the first one: adapters side by side."""
+
+    models: ClassVar[tuple[int, int | None]] = (2, None)
+    same_base: ClassVar[bool] = True
+    """Whether the models must be one and the same beneath what is joined."""
+
+    def join(self, rw: Rewriter, others: Sequence[Model]) -> Mapping[str, float] | None:
+        """Edit the clone of the first model behind `rw`; may return numbers by path, for the report."""
+        raise NotImplementedError
+
+    def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
+        self.join(rw, others)
+
+
 @runtime_checkable
 class Statistic(Protocol):
     """What a calibrating method gathers about one input; grows with every batch, holds O(K) or O(K^2)."""
@@ -65,6 +83,14 @@ class Statistic(Protocol):
     def state(self) -> dict[str, Tensor]:
         """Everything gathered, as tensors."""
         ...
+
+
+class Analyze(Method):
+    """Reads a model and says something of it: leaks, sizes, laws. The model stays as it is."""
+
+    def analyze(self, model: Model) -> Findings:
+        """What is found; weights are read through `presence.loaded`, a module at a time."""
+        raise NotImplementedError
 
 
 class Calibrate(Method):
@@ -110,17 +136,6 @@ class Observe(Calibrate):
         return []
 
 
-class Train(Method):
-    """Needs a training loop: heal, distill, fine-tune. The runtime owns the loop; methods own losses."""
-
-    recuts: ClassVar[bool] = True
-    """Whether each pass over the text cuts it elsewhere; not where what is known of a sequence is kept."""
-
-    data: DataRef = Field(description="training sequences")
-    steps: int = Field(ge=1, description="optimizer steps")
-    batch: int = Field(default=8, ge=1, description="sequences in one optimizer step")
-    accumulate: int = Field(default=1, ge=1, description="parts a batch is computed in, to need less memory")
-    clip: float = Field(
 class Survey(Calibrate):
     """A calibration over several data, each seen apart on the unchanged model, edited as one after it."""
 
@@ -138,6 +153,17 @@ class Survey(Calibrate):
         return list(paths)
 
 
+class Train(Method):
+    """Needs a training loop: heal, distill, fine-tune. The runtime owns the loop; methods own losses."""
+
+    recuts: ClassVar[bool] = True
+    """Whether each pass over the text cuts it elsewhere; not where what is known of a sequence is kept."""
+
+    data: DataRef = Field(description="training sequences")
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch: int = Field(default=8, ge=1, description="sequences in one optimizer step")
+    accumulate: int = Field(default=1, ge=1, description="parts a batch is computed in, to need less memory")
+    clip: float = Field(
         default=1.0, gt=0, description="largest norm of the gradient; above it the gradient shrinks"
     )
     optimizer: Annotated[Optimizer | None, Slot("train.optimizer", "adamw")] = Field(

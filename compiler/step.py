@@ -15,9 +15,11 @@ Phase = Literal["train", "prefill", "decode"]
 
 
 class Cache:
-    """Keys and values of earlier tokens: per attention block one pair of static tensors [B, Hk, S, h].
+    """What blocks remember of earlier tokens, made when a block first writes, so layers may differ in all.
 
-    A block's pair is made when the block first writes, so layers may differ in heads and width.
+    Attention keeps a pair of static tensors [B, Hk, S, h], of the keys and values of all tokens or, in a
+    ring, of those in its window. A recurrent block keeps its state, whose size does not depend on the
+    sequence.
     """
 
     def __init__(self, length: int) -> None:
@@ -25,25 +27,63 @@ class Cache:
         self.length = length
         self.filled = 0
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._states: dict[int, tuple[Tensor, ...]] = {}
 
     def extend(self, block: object, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, Hk, T, h] behind the filled slots; give views of all slots written so far."""
-        end = self.filled + k.shape[2]
-        if end > self.length:
-            raise ValueError(f"the cache has {self.length} slots, {end} are needed")
-        if id(block) not in self._pairs:
-            batch, heads, _, width = k.shape
-            shape = (batch, heads, self.length)
-            self._pairs[id(block)] = (k.new_zeros(*shape, width), v.new_zeros(*shape, v.shape[3]))
-        keys, values = self._pairs[id(block)]
+        end = self._end(k)
+        keys, values = self._pair(block, k, v, self.length)
         keys[:, :, self.filled : end] = k
         values[:, :, self.filled : end] = v
         return keys[:, :, :end], values[:, :, :end]
 
+    def slide(self, block: object, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Write k, v [B, Hk, T, h] into a ring of `window` slots; give all keys and values that one of the T
+        queries may see, in any order, and the slot [S] of each, counted from the start of the sequence.
+        """
+        start, end = self.filled, self._end(k)
+        keys, values = self._pair(block, k, v, min(window, self.length))
+        size, device = keys.shape[2], k.device
+        slots = torch.arange(max(0, start - size), start, device=device)
+        one = end - start == 1
+        if not one and start:  # read what the new ones overwrite
+            held = slots % size
+            k_all, v_all = torch.cat((keys[:, :, held], k), 2), torch.cat((values[:, :, held], v), 2)
+        else:
+            k_all, v_all = k, v
+        kept = torch.arange(max(start, end - size), end, device=device)
+        keys[:, :, kept % size] = k[:, :, kept - start]
+        values[:, :, kept % size] = v[:, :, kept - start]
+        if one:
+            ring = torch.arange(min(end, size), device=device)
+            return keys[:, :, :end], values[:, :, :end], end - 1 - (end - 1 - ring) % size
+        return k_all, v_all, torch.cat((slots, torch.arange(start, end, device=device)))
+
+    def state(self, block: object) -> tuple[Tensor, ...] | None:
+        """What a recurrent block kept after the last token; None before the first."""
+        return self._states.get(id(block))
+
+    def keep(self, block: object, *state: Tensor) -> None:
+        """The state of a recurrent block, in place of the one it had."""
+        self._states[id(block)] = state
+
+    def _end(self, k: Tensor) -> int:
+        end = self.filled + k.shape[2]
+        if end > self.length:
+            raise ValueError(f"the cache has {self.length} slots, {end} are needed")
+        return end
+
+    def _pair(self, block: object, k: Tensor, v: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        if id(block) not in self._pairs:
+            shape = (*k.shape[:2], slots)
+            self._pairs[id(block)] = (k.new_zeros(*shape, k.shape[3]), v.new_zeros(*shape, v.shape[3]))
+        return self._pairs[id(block)]
+
     @property
     def bytes(self) -> int:
-        """Bytes that all pairs take."""
-        return sum(t.numel() * t.element_size() for pair in self._pairs.values() for t in pair)
+        """Bytes that all pairs and states take."""
+        held = (*self._pairs.values(), *self._states.values())
+        return sum(t.numel() * t.element_size() for tensors in held for t in tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +100,8 @@ class Step:
     """[B, T] int64: sentence A or B of a pair encoder."""
     cache: Cache | None = None
     phase: Phase = "train"
+    sides: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    """What a block before the layers says about every token [B, T], for all blocks behind it."""
     memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -70,6 +112,24 @@ class Step:
     def lengths(self) -> Tensor:
         """[B, 1] int64: tokens of each row so far, as far as positions tell."""
         return self.positions.amax(1, keepdim=True) + 1
+
+    def slots(self, length: int) -> Tensor:
+        """[T] int64: the slots of this call's tokens, the same for every row."""
+        return torch.arange(self.start, self.start + length, device=self.positions.device)
+
+    def real(self, length: int) -> Tensor | None:
+        """[B, T] bool: which of this call's tokens are no padding; None where all are."""
+        if self.key_mask is None:
+            return None
+        return self.key_mask[:, self.start : self.start + length]
+
+    def fresh(self) -> Tensor | None:
+        """[B, T] bool: where a packed document begins behind another; None where nothing is packed."""
+        if self.segments is None:
+            return None
+        begins = torch.zeros_like(self.segments, dtype=torch.bool)
+        begins[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
+        return begins
 
     def mask(self, length: int, causal: bool, window: int | None) -> tuple[Tensor | None, bool]:
         """Who may see whom: (mask [B or 1, 1, T, S] bool or None, whether plain causal order is all).
@@ -100,8 +160,6 @@ class Step:
             near = keys > query - window if causal else (keys - query).abs() < window
             seen = seen & near
         full = seen[None, None]
-    sides: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
-    """What a block before the layers says about every token [B, T], for all blocks behind it."""
         if self.segments is not None:
             full = full & (self.segments[:, None, :, None] == self.segments[:, None, None, :])
         if self.key_mask is not None:
