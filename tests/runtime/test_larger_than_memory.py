@@ -107,9 +107,9 @@ def test_memory_follows_the_layers(stages: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, int]]:
-    """A model of 1.1 GB; its bytes and those of a layer."""
+    """A model of 2.5 GB; its bytes and those of a layer."""
     place = tmp_path_factory.mktemp("large") / "model"
-    size, layer = folder(place, layers=40, width=1024, hidden=3 * 1024)
+    size, layer = folder(place, layers=40, width=1536, hidden=3 * 1536)
     yield place, size, layer
     shutil.rmtree(place)
 
@@ -130,9 +130,9 @@ def test_three_times_larger_than_its_memory(
     model, size, layer = large
     stages = f"small = {stage}\nexport small as {export.format(tmp_path)}"
     needed, said = compiled(tmp_path, model, size // 3, stages, "hard")
-    statistics = 4 * (3 * 1024**2 + 3072**2)  # of the inputs of q k v, o, gate and up, down
+    statistics = 4 * (3 * 1536**2 + 4608**2)  # of the inputs of q k v, o, gate and up, down
     print(f"{size / MB:.0f} MB in {size / 3 / MB:.0f} MB: needed {needed / MB:.0f} MB over start-up")
-    assert needed <= 2 * layer + statistics + 150 * MB < size / 3
+    assert needed <= 2 * layer + statistics + 350 * MB < size / 3
     assert "too_large" in said
     shutil.rmtree(tmp_path)
 
