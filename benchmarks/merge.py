@@ -163,7 +163,7 @@ def watched(command: Sequence[str]) -> tuple[Found, str]:
             pid, status, used = os.wait4(child.pid, os.WNOHANG)
             if pid:
                 break
-            peak = max(peak, resident(child.pid))
+            peak = max(peak, resident(child.pid), highest(child.pid))
             time.sleep(0.01)
         seconds = time.perf_counter() - start
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -171,7 +171,6 @@ def watched(command: Sequence[str]) -> tuple[Found, str]:
         wrong.seek(0)
         if child.returncode:
             raise SystemExit(f"{' '.join(command)}\n{wrong.read()}")
-        peak = max(peak, used.ru_maxrss * 1024)
         return {"seconds": seconds, "cpu": used.ru_utime + used.ru_stime, "peak_mb": peak / 1e6}, said.read()
 
 
@@ -183,6 +182,15 @@ def resident(pid: int) -> int:
     except (OSError, IndexError):
         return 0
     return held + sum(resident(int(child)) for child in children)
+
+
+def highest(pid: int) -> int:
+    """The most bytes that a process has held; the system's own count of a child starts with its parent's."""
+    try:
+        said = Path(f"/proc/{pid}/status").read_text().partition("VmHWM:")[2]
+    except OSError:
+        return 0
+    return 1024 * int(said.split()[0]) if said else 0
 
 
 def run(job: str, python: str | None, folders: Sequence[Path], none: Sequence[Path], work: Path) -> Found:
