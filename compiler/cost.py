@@ -22,7 +22,9 @@ class Cost:
     flops_per_token: int = 0
     """Forward floating-point operations for one token."""
     kv_bytes_per_token: int = 0
-    """Bytes that one token adds to the key-value cache."""
+    """Bytes that one token adds to the key-value cache, however long the sequence."""
+    state_bytes: int = 0
+    """Bytes of a sequence's cache that do not grow with it: recurrent states and rings of windows."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
@@ -34,7 +36,7 @@ class Cost:
 def count(model: Model, mean: int = 0) -> Cost:
     """The cost of a model (meta or real) with `mean` keys attended to on average."""
     seen: set[int] = set()
-    params = stored = flops = kv = 0
+    params = stored = flops = kv = state = 0
     for _, unit in model.units():
         for tensor, logical in unit.stored():
             if id(tensor) in seen:
@@ -44,8 +46,14 @@ def count(model: Model, mean: int = 0) -> Cost:
             stored += tensor.numel() * tensor.element_size()
         flops += unit.flops(mean)
         kv += unit.kv_bytes()
+        state += unit.state_bytes()
     for tensor in model.tensors().values():
         if id(tensor) not in seen:  # a traced module's own layers are no units
             params += tensor.numel()
             stored += tensor.numel() * tensor.element_size()
-    return Cost(params, stored, flops, kv)
+    return Cost(params, stored, flops, kv, state)
+
+
+def cache_bytes(model: Model, tokens: int) -> int:
+    """Bytes of the cache of one sequence with room for so many tokens, as generation makes it."""
+    return sum(unit.cache_bytes(tokens) for _, unit in model.units())

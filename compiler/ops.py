@@ -1,5 +1,7 @@
 """Ops: the closed set of typed operations that blocks expand into. Lowering and analysis see only these.
 
+Those of recurrent blocks stand in ops_state.py.
+
 Shapes: B sequences, T tokens, S keys, N tokens in a row, d width, H heads of width h, E experts, k active.
 Each op is its definition: positional arguments are values, keyword arguments are attributes. Nothing is
 written in place; the cache is a value that goes in and comes out.
@@ -7,9 +9,7 @@ written in place; the cache is a value that goes in and comes out.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,40 +23,16 @@ from effc.compiler.blocks.moe import best
 from effc.compiler.blocks.rope import rotate, tables
 from effc.compiler.blocks.tempered import gated, kept
 from effc.compiler.blocks.unit import DTYPES
+from effc.compiler.op_kind import OPS, Kind
+from effc.compiler.op_kind import op as _op
+from effc.compiler.ops_state import scan
 from effc.compiler.packing import unpack as _unpack
 from effc.compiler.step import Step
 
+__all__ = ["OPS", "Kind", "scan"]
+
 State = tuple[Tensor, Tensor] | None
 """Keys and values [B, Hk, S, h] of earlier tokens; None before the first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """The type of an op: which values it takes, how many it gives, which attributes it has."""
-
-    name: str
-    takes: tuple[str, ...]
-    optional: int
-    """How many of the last values may be absent."""
-    gives: int
-    attributes: frozenset[str]
-    run: Callable[..., Any]
-
-
-OPS: dict[str, Kind] = {}
-
-
-def _op(gives: int = 1) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = inspect.signature(function).parameters.values()
-        values = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        words = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        optional = sum(p.default is None for p in values)
-        name = function.__name__
-        OPS[name] = Kind(name, tuple(p.name for p in values), optional, gives, words, function)
-        return function
-
-    return register
 
 
 @_op()

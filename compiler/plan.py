@@ -94,6 +94,7 @@ class StagePlan:
             "bytes": self.cost.bytes,
             "flops_per_token": self.cost.flops_per_token,
             "kv_bytes_per_token": self.cost.kv_bytes_per_token,
+            "state_bytes": self.cost.state_bytes,
             "peak_bytes": self.peak_bytes,
             "disk_bytes": self.disk_bytes,
             "seconds": self.seconds,

@@ -33,6 +33,9 @@ def _lines(record: Record) -> Iterator[str]:
     if record["exports"]:
         yield ""
         yield from table([("export", "as", "where"), *(_export(e) for e in record["exports"])], left=3)
+    for model, why in record.get("torch", {}).items():
+        yield ""
+        yield f"torch runs `{model}`, without a C program: {why}"
     target = record["target"]
     yield ""
     peak, disk = max(s["peak_bytes"] for s in stages), sum(s["disk_bytes"] for s in stages)
@@ -50,11 +53,18 @@ def _row(stage: Record) -> tuple[str, ...]:
         fmt_count(stage["params"]),
         fmt_bytes(stage["bytes"]),
         fmt_count(stage["flops_per_token"]),
-        fmt_bytes(stage["kv_bytes_per_token"]),
+        _cache(stage),
         fmt_bytes(stage["peak_bytes"]),
         fmt_bytes(stage["disk_bytes"]) if stage["disk_bytes"] else "-",
         fmt_seconds(stage["seconds"]),
     )
+
+
+def _cache(stage: Record) -> str:
+    """Bytes of cache a token, and those that a sequence has however long it is."""
+    constant = stage.get("state_bytes", 0)
+    grows = fmt_bytes(stage["kv_bytes_per_token"])
+    return f"{grows} + {fmt_bytes(constant)}" if constant else grows
 
 
 def _beside(row: Record) -> tuple[str, ...]:

@@ -96,6 +96,7 @@ def bench(
         "bytes": cost.bytes,
         "flops_per_token": cost.flops_per_token,
         "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "state_bytes": cost.state_bytes,
     }
     choice = choice or choose(model)
     found: Speed | None = None
@@ -129,6 +130,7 @@ def bench_text(record: dict[str, Any]) -> str:
         ("bytes", fmt_bytes(record["bytes"])),
         ("work a token", f"{fmt_count(record['flops_per_token'])} FLOP"),
         ("cache a token", fmt_bytes(record["kv_bytes_per_token"])),
+        ("cache beside tokens", fmt_bytes(record["state_bytes"])),
     ]
     if "prefill_tokens_per_second" in record:
         lines += [

@@ -14,6 +14,7 @@ from effc.runtime import front
 from effc.specs.diagnostic import Diagnostic
 
 if TYPE_CHECKING:
+    from effc.compiler.plan import Plan
     from effc.runtime.compiled import Compiled
 
 CONTRACT_FAILED = 3
@@ -80,7 +81,16 @@ def _planned(each: Checked, options: argparse.Namespace, weights: bool = False) 
         _say((*each.warnings, *made.warnings))
     told = [warning.as_json() for warning in (*each.warnings, *made.warnings)]
     about = {"warnings": told, "settings": dict(each.settings), "disk_free": disk_free(options.store)}
-    return made.as_json() | about
+    return made.as_json() | about | {"torch": _by_torch(made)}
+
+
+def _by_torch(made: Plan) -> dict[str, str]:
+    """Exported models with a recurrent state that no C program runs, and why."""
+    from effc.runtime.kernel_table import kernels_of
+
+    exported = dict.fromkeys(e.model for e in made.recipe.exports if made.stage(e.model).cost.state_bytes)
+    reasons = {name: kernels_of(made.models[name]).get("why", "") for name in exported}
+    return {name: why for name, why in reasons.items() if why}
 
 
 def _about(each: Checked, expected: dict[str, Any]) -> dict[str, Any]:

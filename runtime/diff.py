@@ -63,6 +63,7 @@ def _costs(model: Model) -> dict[str, int]:
         "bytes": cost.bytes,
         "flops_per_token": cost.flops_per_token,
         "kv_bytes_per_token": cost.kv_bytes_per_token,
+        "state_bytes": cost.state_bytes,
     }
 
 

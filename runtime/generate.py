@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effc.compiler.blocks import Attention
 from effc.compiler.blocks.rope import changes
 from effc.compiler.model import Model
 from effc.kernels.cpu.isa import Isa
@@ -119,7 +118,7 @@ def _ropes(model: Model) -> list[Mapping[str, Any]]:
 
     When they change, all that was cached is stale, in every layer but the first: the row is read anew.
     """
-    found = [unit.rope for _, unit in model.units() if isinstance(unit, Attention) and unit.rope is not None]
+    found = [rope for _, unit in model.units() if (rope := getattr(unit, "rope", None)) is not None]
     growing = [rope for rope in found if rope.get("rope_type") in ("dynamic", "longrope")]
     return list({str(rope): rope for rope in growing}.values())
 

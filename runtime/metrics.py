@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from effc.compiler.cost import count
+from effc.compiler.cost import cache_bytes, count
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.runtime.decoder import decoder
@@ -48,7 +48,7 @@ def measure(
         case "flops":
             return cost.flops_per_token
         case "kv_bytes":
-            return cost.kv_bytes_per_token * int(arguments[0] if arguments else 1)
+            return cache_bytes(model, int(arguments[0] if arguments else 1))
         case "latency":
             return latency(model)
         case "loss":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from effc.compiler.architecture import architecture, read_config
-from effc.compiler.blocks import MLP, Attention, MoE, Unit
+from effc.compiler.blocks import MLP, MoE, Unit
 from effc.compiler.blocks.quant_linear import WHOLE, Packed
 from effc.compiler.graph_json import from_json, to_json
 from effc.compiler.model import Model
@@ -59,7 +59,7 @@ class _Sizes:
         blocks = [block for _, block in model.units()]
         self.width = getattr(model.module("embedding"), "width", None)
         self.hidden = max((b.hidden for b in blocks if isinstance(b, MLP | MoE)), default=HIDDEN)
-        self.grouped = any(isinstance(b, Attention) and b.kv_heads != b.heads for b in blocks)
+        self.grouped = any(getattr(b, "kv_heads", None) not in (None, getattr(b, "heads", 0)) for b in blocks)
 
     def narrow(self, spec: Mapping[str, Any], place: Any) -> dict[str, Any]:
         """The spec with small sizes. `place`: the unit in whose place it stands inside a block, if any."""
@@ -70,10 +70,18 @@ class _Sizes:
                 new[side] = there if there is not None else WIDTH if new[side] == self.width else new[side]
         if self.width and math.isclose(new.get("scale") or 0.0, math.sqrt(self.width)):  # as gemma embeds
             new["scale"] = math.sqrt(WIDTH)
-        if "heads" in new:
+        if "key_dim" in new:
+            share = HEAD_DIM * new["heads"] / spec["width"]
+            sides = {side: max(4, round(new[side] * share)) for side in ("key_dim", "value_dim")}
+            new |= {"heads": HEADS} | sides
+        elif "heads" in new:
             grouped = new["kv_heads"] != new["heads"]
             new |= {"heads": HEADS, "kv_heads": HEADS // 2 if grouped else HEADS, "head_dim": HEAD_DIM}
             new["rope"] = _rope(new.get("rope"))
+            if new.get("slots"):
+                new["slots"] = math.gcd(new["slots"], HEAD_DIM)
+            if new.get("fast_heads"):
+                new["fast_heads"] = math.gcd(new["fast_heads"], HEADS)
         if "hidden" in new:
             share = HIDDEN * new["hidden"] / self.hidden
             new["hidden"] = max(STEP, STEP * round(share / STEP))

@@ -86,6 +86,10 @@ class Attention(Unit):
         return 2 * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize if self.causal else 0
 
     def expand(self, ops: Ops, x: Value) -> Value:
+        return ops.inline("o", self.o, self.expand_mixed(ops, x))
+
+    def expand_mixed(self, ops: Ops, x: Value) -> Value:
+        """What `mixed` computes, in ops."""
         q = ops("heads", ops.inline("q", self.q, x), count=self.heads)
         k = ops("heads", ops.inline("k", self.k, x), count=self.kv_heads)
         v = ops("heads", ops.inline("v", self.v, x), count=self.kv_heads)
@@ -97,9 +101,14 @@ class Attention(Unit):
         seen = ops("visible", ops.step, x, causal=self.causal, window=self.window)
         y, state = ops.many("attend", q, k, v, seen, ops.past, scale=self.factor, cap=self.cap)
         ops.graph.state = state.number
-        return ops.inline("o", self.o, ops("join_heads", y))
+        return ops("join_heads", y)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
+        out: Tensor = self.o(self.mixed(x, step))
+        return out
+
+    def mixed(self, x: Tensor, step: Step) -> Tensor:
+        """x [B, T, d] -> the values that each head takes in, side by side [B, T, H h], before W_o."""
         batch, length = x.shape[:2]
         q = self.q(x).view(batch, length, self.heads, self.head_dim)
         k = self.k(x).view(batch, length, self.kv_heads, self.head_dim)
@@ -114,8 +123,7 @@ class Attention(Unit):
         if step.cache is not None:
             k, v = step.cache.extend(self, k, v)
         y = attend(q, k, v, mask, ordered, self.factor, self.cap)
-        out: Tensor = self.o(y.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim))
-        return out
+        return y.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim)
 
 
 def attend(

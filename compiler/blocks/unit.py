@@ -107,20 +107,29 @@ class Unit(nn.Module):
         return 0
 
     def kv_bytes(self) -> int:
-        """Bytes a token adds to the cache in this unit alone."""
+        """Bytes a token adds to the cache in this unit alone, however long the sequence."""
         return 0
+
+    def state_bytes(self) -> int:
+        """Bytes of this unit's cache that do not grow with the sequence: states, the ring of a window."""
+        return 0
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes of this unit's cache of one sequence with room for so many tokens."""
+        return tokens * self.kv_bytes() + self.state_bytes()
 
     def cost(self, mean: int = 0) -> Cost:
         """This unit and its children: a tensor that children share counts once."""
         seen: dict[int, tuple[Tensor, int]] = {}
-        flops = kv = 0
+        flops = kv = state = 0
         for unit in self.modules():
             if isinstance(unit, Unit):
                 seen |= {id(t): (t, n) for t, n in unit.stored()}
                 flops += unit.flops(mean)
                 kv += unit.kv_bytes()
+                state += unit.state_bytes()
         stored = sum(t.numel() * t.element_size() for t, _ in seen.values())
-        return Cost(sum(n for _, n in seen.values()), stored, flops, kv)
+        return Cost(sum(n for _, n in seen.values()), stored, flops, kv, state)
 
     def expand(self, ops: Ops, x: Value) -> Value:
         """The same function in ops (compiler/ops.py); a test holds it equal to `forward`."""

@@ -199,7 +199,7 @@ def _unfit(unit: nn.Module, wanted: str, model: Model) -> str | None:
                 return f"rows of {inputs} do not divide into blocks of {BLOCK}; type = f16 can hold them"
             if isinstance(unit, Embedding) and unit.scale != 1.0:
                 return "a scaled embedding"
-        case Attention():
+        case Attention() if type(unit) is Attention:
             rope = unit.rope or {}
             context = int(model.config.get("max_position_embeddings", 2048))
             if rope.get("rope_type", "default") not in ("default", "linear") or not rope:

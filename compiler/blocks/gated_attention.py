@@ -1,0 +1,85 @@
+"""GatedAttention: softmax attention whose output, or what its heads take in, passes a gate made of the input.
+
+Shapes: x [B, T, d], heads' values y [B, T, H h], W_g [H, d], [H h, d] or [d, d].
+Source: Gated Attention for Large Language Models, arXiv 2505.06708, section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from effc.compiler.blocks.attention import Attention
+from effc.compiler.blocks.linear import Linear
+from effc.compiler.ops_state import repeat, sigmoid
+from effc.compiler.step import Step
+
+if TYPE_CHECKING:
+    from effc.compiler.op_graph import Ops, Value
+
+
+class GatedAttention(Attention):
+    """after_sdpa: W_o (y * sigmoid(W_g x)), with y what the heads take in; after_o: W_o y * sigmoid(W_g x).
+
+    `kind = head`: one gate a head, which its channels share; `element`: one gate a channel.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        kind: Literal["head", "element"] = "head",
+        position: Literal["after_sdpa", "after_o"] = "after_sdpa",
+        bias: bool = False,
+        bias_o: bool = False,
+        rope: Mapping[str, Any] | None = None,
+        qk_norm: float = 0.0,
+        window: int | None = None,
+        causal: bool = True,
+        cap: float | None = None,
+        scale: float | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        super().__init__(
+            width=width,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            bias=bias,
+            bias_o=bias_o,
+            rope=rope,
+            qk_norm=qk_norm,
+            window=window,
+            causal=causal,
+            cap=cap,
+            scale=scale,
+            dtype=dtype,
+        )
+        if kind == "head" and position == "after_o":
+            raise ValueError("behind W_o there are no heads to gate: kind = element")
+        self.kind = kind
+        self.position = position
+        gates = heads if kind == "head" else heads * head_dim if position == "after_sdpa" else width
+        self.gate = Linear(in_features=width, out_features=gates, dtype=dtype)
+
+    def expand(self, ops: Ops, x: Value) -> Value:
+        y = self.expand_mixed(ops, x)
+        g = ops("sigmoid", ops.inline("gate", self.gate, x))
+        if self.position == "after_o":
+            return ops("gate", ops.inline("o", self.o, y), g)
+        g = ops("repeat", g, times=self.head_dim) if self.kind == "head" else g
+        return ops.inline("o", self.o, ops("gate", y, g))
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        y = self.mixed(x, step)
+        g = sigmoid(self.gate(x))
+        if self.position == "after_o":
+            return torch.mul(self.o(y), g)
+        out: Tensor = self.o(y * (repeat(g, times=self.head_dim) if self.kind == "head" else g))
+        return out

@@ -1,0 +1,1 @@
+"""Other blocks in the place of those there are."""

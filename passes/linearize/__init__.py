@@ -1,0 +1,1 @@
+"""Attention as a recurrence: constant memory and time a token."""
