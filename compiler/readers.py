@@ -41,6 +41,8 @@ def readers(model: Model, path: str) -> Readers:
     if not calls:
         found.others.append(f"what follows it inside `{path.rpartition('.')[0]}`")
         return found
+    if bare(model, path):
+        found.others.append(f"code that reads the tensors of `{path}` itself")
     fed = _fed(model, calls)
     for node in nodes:
         if node in fed and node not in calls:
@@ -78,9 +80,23 @@ def _read_by(model: Model, node: fx.Node, fed: set[fx.Node], nodes: list[fx.Node
         if any(a not in fed for a in first):
             found.others.append(f"`{path}`, which other blocks feed as well")
             return
+        if bare(model, path):
+            found.others.append(f"code that reads the tensors of `{path}` itself")
+            return
         inside = read_inside(model.module(path))
         found.units += [f"{path}.{unit}" if unit else path for unit in inside.units]
         found.others += [f"{other} in `{path}`" for other in inside.others]
+
+
+def bare(model: Model, path: str) -> bool:
+    """Whether the graph reads tensors of a module by themselves, so that they cannot change with it."""
+    return any(n.op == "get_attr" and str(n.target).startswith(f"{path}.") for n in model.gm.graph.nodes)
+
+
+def runs_once(model: Model, path: str) -> bool:
+    """Whether the graph calls a module at one place and reads its tensors nowhere else."""
+    calls = [n for n in model.gm.graph.nodes if n.op == "call_module" and n.target == path]
+    return len(calls) == 1 and not bare(model, path)
 
 
 def _asks_shape(node: fx.Node) -> bool:

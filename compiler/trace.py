@@ -53,13 +53,15 @@ class TracedModel(Model):
     """A model that came in traced: its graph takes the module's own arguments, not ids and a step."""
 
     traced: Traced
+    inputs: tuple[Any, ...]
+    """The example inputs, for whoever needs shapes or a run."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.gm(*args, **kwargs)
 
     def like(self, gm: fx.GraphModule, roles: Any = None) -> TracedModel:
         model = TracedModel(gm, roles, weights=self.weights, facts=self.facts, architecture=self.architecture)
-        model.traced = self.traced
+        model.traced, model.inputs = self.traced, self.inputs
         return model
 
 
@@ -106,7 +108,7 @@ def trace(module: nn.Module, example_inputs: Sequence[Any] | Tensor) -> TracedMo
         if not _equal(got, want):
             tried.append(f"{way}: the traced graph gives other values than the module")
             continue
-        return _model(gm, Traced(way, tuple(tried)))
+        return _model(gm, Traced(way, tuple(tried)), inputs)
     raise EffcError(
         Diagnostic("E407", f"{type(module).__name__} gives other values when run again", notes=tuple(tried))
     )
@@ -156,13 +158,13 @@ def _tidy(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _model(gm: fx.GraphModule, traced: Traced) -> TracedModel:
+def _model(gm: fx.GraphModule, traced: Traced, inputs: tuple[Any, ...]) -> TracedModel:
     lift_all(gm)
     gm.requires_grad_(False)
     for node in gm.graph.nodes:
         node.meta = {"origin": "trace"}
     model = TracedModel(gm, dict(_roles(gm)), architecture="traced")
-    model.traced = traced
+    model.traced, model.inputs = traced, inputs
     return model
 
 

@@ -20,6 +20,7 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Rewrite
 from effc.passes._dense import some
+from effc.passes.reparam._affine import add_bias, put_affine, shared
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import FOLKLORE
 from effc.specs.select import resolve
@@ -68,8 +69,8 @@ class FoldNorm(Selects, Rewrite):
         if not self.select:
             chosen = [p for p in chosen if isinstance(model.module(p), Norm) and not reads[p].others]
         if self.tied == "skip":
-            shared = _shared(model)
-            chosen = [p for p in chosen if not shared.intersection(reads[p].units)]
+            ties = shared(model)
+            chosen = [p for p in chosen if not ties.intersection(reads[p].units)]
         return dict.fromkeys(chosen, self)
 
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
@@ -130,8 +131,8 @@ class FoldNorm(Selects, Rewrite):
             )
 
     def _tied(self, model: Model, reads: Mapping[str, Readers]) -> Iterator[Diagnostic]:
-        shared = _shared(model)
-        units = [unit for read in reads.values() for unit in read.units if unit in shared]
+        ties = shared(model)
+        units = [unit for read in reads.values() for unit in read.units if unit in ties]
         if units and self.tied == "refuse":
             yield Diagnostic(
                 "E341",
@@ -140,7 +141,7 @@ class FoldNorm(Selects, Rewrite):
                 help="write tied = skip to leave the norms before it, or tied = untie to end the sharing",
                 about="tied",
             )
-        alone = [path for path in reads if path in shared and not _together(model, path, reads)]
+        alone = [path for path in reads if path in ties and not _together(model, path, reads)]
         if alone:
             yield Diagnostic(
                 "E341",
@@ -156,7 +157,7 @@ class FoldNorm(Selects, Rewrite):
         for path, units in reads.items():
             gain, bias = taken[path]
             for unit in units:
-                if unit in _shared(rw.model):
+                if unit in shared(rw.model):
                     rw.untie(unit)
                 _fold(rw, unit, gain, bias, rw.module(path).bias is not None)
             if gain is not None:
@@ -200,32 +201,10 @@ def _fold(rw: Rewriter, path: str, gain: Tensor | None, bias: Tensor | None, bia
         if bias is not None:
             before = 0 if old.bias is None else old.bias.detach().double()
             moved = (wide @ bias + before).to(old.weight.dtype)
-    if biased and old.bias is None:
-        _swap_biased(rw, path, old, weight, moved)
-        return
-    if weight is not None:
-        rw.write(path, "weight", weight, "columns times the gain of its norm")
-    if moved is not None:
-        rw.write(path, "bias", moved, "and the bias of its norm")
-
-
-def _swap_biased(rw: Rewriter, path: str, old: Linear, weight: Tensor | None, bias: Tensor | None) -> None:
-    """The same linear with a bias."""
-    new = Linear(
-        in_features=old.in_features,
-        out_features=old.out_features,
-        bias=True,
-        dtype=str(old.weight.dtype).removeprefix("torch."),
-    )
-    if weight is not None and bias is not None:
-        new.weight = nn.Parameter(weight, requires_grad=False)
-        new.bias = nn.Parameter(bias, requires_grad=False)
-    rw.swap(path, new, "takes the gain and the bias of its norm")
-
-
-def _shared(model: Model) -> set[str]:
-    """Paths of modules that share a tensor with another."""
-    return {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}
+    if biased and old.bias is None and moved is None:
+        add_bias(rw, path, None, None, "takes the bias of its norm")
+    elif weight is not None:
+        put_affine(rw, path, weight, moved, "takes the gain of its norm")
 
 
 def _together(model: Model, path: str, reads: Mapping[str, Readers]) -> bool:
