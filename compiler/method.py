@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from effc.compiler.contract import Contract
+from effc.specs import plugins
 from effc.specs.base import Spec
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
@@ -59,13 +60,13 @@ class Batch:
     """[B, T] int64; the token that position t should predict, -100 where no loss is taken"""
     step: Step
     """positions, packing and masks for the blocks that mix positions"""
-
     tally: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     """Counts that the parts of one optimizer step add up, for losses over the whole step."""
     at: int = 0
     """The optimizer step that it belongs to, counted from 0."""
     of: int = 1
     """How many optimizer steps the training has."""
+
 
 @runtime_checkable
 class Data(Protocol):
@@ -214,8 +215,9 @@ class Method(Spec):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        if _is_plugin(cls, _METHODS):
-            cls.kind = cls.__module__.removeprefix(_METHODS)
+        own = cls.__module__.removeprefix(_METHODS) if _is_plugin(cls, _METHODS) else None
+        if kind := own or plugins.kind_of(cls.__module__):
+            cls.kind = kind
             _demand(cls, _HEADINGS, ("paper", "contract", "examples"))
 
     def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:

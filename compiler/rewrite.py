@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,11 +10,14 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from effc.compiler.blocks import Linear, Unit
+from effc.compiler.books import Books, Known, balanced, ordered, prefixes, roles_below, spec
 from effc.compiler.layers import arranged, runs
-from effc.compiler.match import Hit, Pattern, find
-from effc.compiler.model import Model, leaf
-from effc.compiler.roles import Role, canonical
-from effc.compiler.sharing import cloned, put, walk
+from effc.compiler.match import Hit, find
+from effc.compiler.model import Model
+from effc.compiler.pattern import Pattern
+from effc.compiler.roles import Role
+from effc.compiler.sharing import cloned, put
+from effc.compiler.state_map import Value
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 
@@ -30,20 +33,17 @@ class Edit:
         return f"{self.verb:<9} {self.path:<28} {self.detail}"
 
 
-class Rewriter:
+class Rewriter(Books):
     """Edits a private clone of a model. The clone shares storage with its source, so tensors are never
     written in place: `write` puts a new one. Every edit is logged; roles, ties and sources follow.
     """
 
     def __init__(self, model: Model, origin: str = "rewrite") -> None:
         """`origin` is the kind of the stage; nodes it changes carry it."""
-        self.model = model.clone()
+        super().__init__(model.clone())
         self.origin = origin
         self.log: list[Edit] = []
-        self.written: set[str] = set()
-        """Names of tensors that are new: written, or inside a module swapped in."""
-        self._origins = {name: name for name in self.model.tensors()}
-        self._held: dict[int, tuple[Any, str | None]] | None = None
+        self._held: Known | None = None
 
     # -- looking
 
@@ -74,11 +74,6 @@ class Rewriter:
         """Places where a pattern holds now, in graph order; see `effc.pattern`."""
         return iter(find(self.model, pattern))
 
-    @property
-    def origins(self) -> dict[str, str]:
-        """Final tensor name -> name in the model that came in; names that are wholly new are absent."""
-        return {name: self._origins[name] for name in self.model.tensors() if name in self._origins}
-
     # -- editing
 
     def write(self, path: str, name: str, tensor: Tensor, detail: str = "") -> None:
@@ -91,8 +86,16 @@ class Rewriter:
         owner = self.model.ties().get(full, full)
         self.model.weights.pop(owner, None)
         self.written.add(owner)
+        self._replaced(owner, f"write {full} {detail}".strip())
         self._touch(path)
         self.log.append(Edit("write", full, detail or f"{list(tensor.shape)} {tensor.dtype}"))
+
+    def derive(
+        self, path: str, name: str, function: Callable[..., Tensor], *values: Value, detail: str = ""
+    ) -> None:
+        """Write function(*values), so that `state_map` can do the same with other numbers."""
+        self.write(path, name, function(*(value.tensor for value in values)), detail)
+        self.follows(path, name, function, *values)
 
     def swap(self, path: str, new: nn.Module, detail: str = "") -> None:
         """Put another module in place of one; role, inputs and outputs stay.
@@ -103,16 +106,16 @@ class Rewriter:
         old = self.model.module(path)
         if isinstance(new, type(old)) and type(new) is not type(old):
             for name, child in old._modules.items():
-                if _spec(new._modules.get(name, child)) == _spec(child):
+                if spec(new._modules.get(name, child)) == spec(child):
                     new._modules[name] = child
         before = self._held or self._known()
         parent, _, name = path.rpartition(".")
         self.model.module(parent)._modules[name] = new
         new.train(self.model.training)
         roles = {p: r for p, r in self.model.roles.items() if not p.startswith(path + ".")}
-        self.model.roles = _ordered(roles | _roles_below(self.model.gm, path))
+        self.model.roles = ordered(roles | roles_below(self.model.gm, path))
         if self._held is None:
-            self._follow(before)
+            self._follow(before, f"swap {path}")
         self._touch(path)
         self.log.append(Edit("swap", path, detail or f"{type(old).__name__} -> {type(new).__name__}"))
 
@@ -129,6 +132,7 @@ class Rewriter:
         source, target = self.model.module(to), self.model.module(path)
         before = self._known()
         pairs = [(n, t) for n, t in (*source.named_parameters(), *source.named_buffers())]
+        numbers = [(self._number(f"{path}.{n}"), self._number(f"{to}.{n}")) for n, _ in pairs]
         for name, tensor in pairs:
             inner, _, slot = name.rpartition(".")
             module = target.get_submodule(inner)
@@ -137,6 +141,8 @@ class Rewriter:
                 raise ValueError(f"{path}.{name} cannot be {to}.{name}: absent or of another shape")
             slots[slot] = tensor
         self._follow(before)
+        for old, new in numbers:
+            self._ledger.becomes(old, new)
         self._touch(path)
         self.log.append(Edit("tie", path, f"= {to}"))
 
@@ -189,36 +195,61 @@ class Rewriter:
             if path in old.roles
         }
         kept = {path: role for path, role in old.roles.items() if role.layer is None}
-        self.model = old.like(gm, _ordered(kept | roles))
+        self.model = old.like(gm, ordered(kept | roles))
         self._follow(before)
         self.log.append(Edit("arrange", "layers", f"{old.layers} -> {len(order)}: {runs(order)}"))
 
-    def insert(self, path: str, module: nn.Module, after: str) -> None:
-        """Put a new block behind the block at `after`; everything that read `after` reads it."""
+    def insert(self, path: str, module: nn.Module, after: str, role: Role | None = None) -> None:
+        """Put a new block behind the node at `after`; everything that read it reads the block.
+
+        `role` is given in traced models, where paths do not tell it.
+        """
         node = self._node(after)
         graph = self.model.gm.graph
         self.model.gm.add_submodule(path, module)
         with graph.inserting_after(node):
             takes_step = isinstance(module, Unit) and module.takes_step
-            step = next(n for n in graph.nodes if n.op == "placeholder" and n.name == "step")
-            new = graph.call_module(path, (node, step) if takes_step else (node,))
+            steps = [n for n in graph.nodes if takes_step and n.op == "placeholder" and n.name == "step"]
+            new = graph.call_module(path, (node, *steps))
         node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         new.meta["origin"] = self.origin
-        self.model.roles = _ordered(self.model.roles | _roles_below(self.model.gm, path))
+        roles = {path: role} if role is not None else roles_below(self.model.gm, path)
+        self.model.roles = ordered(self.model.roles | roles)
         self.model.gm.recompile()
         self.log.append(Edit("insert", path, f"after {after}"))
 
     def remove(self, path: str) -> None:
-        """Take a block out of the graph: what read it reads its input."""
+        """Take a block or function out of the graph: what read it reads its first input."""
         node = self._node(path)
-        node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+        source = next(a for a in node.args if isinstance(a, fx.Node))
+        node.replace_all_uses_with(source)
         self.model.gm.graph.erase_node(node)
-        self.model.gm.delete_submodule(path)
-        self.model.roles = {
-            p: r for p, r in self.model.roles.items() if p != path and not p.startswith(path + ".")
-        }
-        self.model.gm.recompile()
+        self._tidy()
         self.log.append(Edit("remove", path, "its input passes through"))
+
+    @contextmanager
+    def surgery(self, path: str, detail: str) -> Iterator[fx.Graph]:
+        """The graph itself, for edits that no verb makes: new functions, other arguments.
+
+        Afterwards it is checked, what nothing reads any more is dropped, and `path` and `detail` are logged.
+        """
+        graph, before = self.model.gm.graph, set(self.model.gm.graph.nodes)
+        yield graph
+        for node in graph.nodes:
+            if node not in before:
+                node.meta["origin"] = self.origin
+        graph.lint()
+        graph.eliminate_dead_code()
+        self._tidy()
+        self.log.append(Edit("surgery", path, detail))
+
+    def node(self, name: str) -> fx.Node:
+        """The node of the graph that calls the block at a path, or has a name, as captures give it.
+
+        Raises:
+            EffcError: E403 when there is none.
+        """
+        return self._node(name)
 
     def done(self) -> Model:
         """The edited model, checked: the graph is sound, every weight has a role, roles name modules.
@@ -226,75 +257,35 @@ class Rewriter:
         Raises:
             TypeError: the books are wrong, which is a bug in the method.
         """
-        model = self.model
-        model.gm.graph.lint()
-        for path in model.roles:
-            model.module(path)
-        for path, unit in model.units():
-            above = [path, *(path[:i] for i, c in enumerate(path) if c == ".")]
-            if leaf(model.gm, path) and not any(p in model.roles for p in above):
-                raise TypeError(f"{path} ({type(unit).__name__}) holds weights but has no role")
-        names = model.tensors()
-        if stray := sorted(set(model.weights) - set(names)):
-            raise TypeError(f"{stray[0]} has a source but is no tensor of the model")
-        return model
+        self.model.gm.graph.lint()
+        return balanced(self.model)
 
     # -- books
 
+    def _reading(self, path: str) -> Any:
+        return self.present(path)
+
     def _node(self, path: str) -> fx.Node:
         for node in self.model.gm.graph.nodes:
-            if node.op == "call_module" and node.target == path:
+            if path == (node.target if node.op == "call_module" else node.name):
                 return cast(fx.Node, node)
         raise EffcError(Diagnostic("E403", f"no block is at `{path}`"))
+
+    def _tidy(self) -> None:
+        """Drop modules that no node calls any more, and their roles."""
+        gm = self.model.gm
+        known = self._known()
+        called = {str(n.target) for n in gm.graph.nodes if n.op in ("call_module", "get_attr")}
+        above = {part for path in called for part in prefixes(path)}
+        for path in [p for p, _ in gm.named_modules(remove_duplicate=False) if p]:
+            if path not in above and called.isdisjoint(prefixes(path)):
+                gm.delete_submodule(path)
+        there = {p for p, _ in gm.named_modules(remove_duplicate=False)}
+        self.model.roles = {p: r for p, r in self.model.roles.items() if p in there}
+        gm.recompile()
+        self._follow(known)
 
     def _touch(self, path: str) -> None:
         for node in self.model.gm.graph.nodes:
             if node.op == "call_module" and (path + ".").startswith(f"{node.target}."):
                 node.meta["origin"] = self.origin
-
-    def _known(self) -> dict[int, tuple[Any, str | None]]:
-        """Per tensor object: where it can be read, and its name in the model that came in."""
-        weights = self.model.weights
-        self._alive = self.model.tensors()  # no object dies during an edit, so ids stay unique
-        self._fresh = {id(self._alive[n]) for n in self.written if n in self._alive}
-        return {id(t): (weights.get(n), self._origins.get(n)) for n, t in self._alive.items()}
-
-    def _follow(self, known: dict[int, tuple[Any, str | None]]) -> None:
-        """Give sources and origins their new names, by the identity of the tensors."""
-        sources: dict[str, Any] = {}
-        origins: dict[str, str] = {}
-        self.written = set()
-        for name, tensor in self.model.tensors().items():
-            source, origin = known.get(id(tensor), (None, None))
-            if source is not None:
-                sources[name] = source
-            if origin is not None:
-                origins[name] = origin
-            if id(tensor) in self._fresh or id(tensor) not in known:
-                self.written.add(name)
-        self.model.weights = sources
-        self._origins = origins
-
-
-def _spec(module: nn.Module | None) -> Any:
-    return module.spec() if isinstance(module, Unit) else module
-
-
-def _roles_below(gm: fx.GraphModule, path: str) -> dict[str, Role]:
-    """Canonical roles of the weight-holding units at and below a path."""
-    inside = walk(gm.get_submodule(path))
-    below = [f"{path}.{p}" if p else path for p, m in inside if isinstance(m, Unit)]
-    return {p: role for p in below if (role := canonical(p)) and leaf(gm, p)}
-
-
-def _ordered(roles: dict[str, Role]) -> dict[str, Role]:
-    """Embedding first, then by layer (order inside a layer stays), then the rest."""
-    last = 2**31
-
-    def key(item: tuple[str, Role]) -> int:
-        path, role = item
-        if role.layer is not None:
-            return role.layer
-        return -1 if path.startswith("embedding") else last
-
-    return dict(sorted(roles.items(), key=key))

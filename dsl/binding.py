@@ -88,6 +88,10 @@ def _unknown(bind: tree.Bind, node: tree.Call, entry: Entry | None, values: Valu
         )
         values.report("E208", f"`{word.text}` is {use}, not a {wanted}", word.span, help_=help_)
         return
+    if why := values.catalogue.broken.get(word.text):
+        help_ = "remove or repair the package; `effc methods` lists what is broken"
+        values.report("E235", f"`{word.text}` cannot be used", word.span, help_=help_, notes=(why,))
+        return
     parts = [e for e in values.catalogue.entries if e.role == "part" and e.short == word.text]
     if parts:
         slot = parts[0].slot or ""

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from effc import specs
+from effc.specs import plugins as packages
 from effc.specs import user_cache
 from effc.specs.catalogue import Catalogue, Entry, EntryRole
 
-_FORMAT = "4"
+_FORMAT = "5"
 """Raised when entries get another shape."""
 _ROOT = Path(specs.__path__[0]).resolve().parent
 """The folder that holds the six floors."""
@@ -52,14 +53,15 @@ class Described:
 @cache
 def catalogue() -> Catalogue:
     """Everything that recipes can call, up to date with the files. Files that do not import are left out."""
-    return Catalogue.of(described().entries.values())
+    found = described()
+    return Catalogue.of(found.entries.values(), found.broken)
 
 
 @cache
 def described() -> Described:
     """The catalogue's entries, from the cache where nothing changed."""
     name, key = _place()
-    kept = user_cache.read(name, key)
+    kept = user_cache.read(name, key) or user_cache.read(_place(alone=True)[0], key)
     now = _stamps()
     if kept and kept["stamps"] == now:
         return _from_json(kept)
@@ -68,15 +70,17 @@ def described() -> Described:
 
 def plugins(modules: Iterable[str]) -> Iterator[Plugin]:
     """The files among these modules that recipes can call; a leading underscore means shared code."""
+    foreign = {one.module: one.kind for one in packages.methods()}
     for module in modules:
-        parts = module.split(".")[1:]
+        if module in foreign:
+            yield Plugin(foreign[module], "method", module, _value(foreign[module]))
+            continue
+        parts = module.split(".")[1:] if module.startswith("effc.") else []
         if any(part.startswith("_") for part in parts):
             continue
         match parts:
             case ["passes", family, method] if family != "lower":
-                yield Plugin(
-                    f"{family}.{method}", "method", module, "report" if family == "analyze" else "model"
-                )
+                yield Plugin(f"{family}.{method}", "method", module, _value(family))
             case ["runtime", "parts", *slot, part] if len(slot) >= 2:
                 yield Plugin(".".join((*slot, part)), "part", module, "part")
             case ["runtime", "data", source]:
@@ -85,6 +89,11 @@ def plugins(modules: Iterable[str]) -> Iterator[Plugin]:
                 yield Plugin(name, "export", module, "export")
             case ["runtime", "models", name]:
                 yield Plugin(name, "model", module, "model")
+
+
+def _value(kind: str) -> str:
+    """What a method makes, by its family."""
+    return "report" if kind.partition(".")[0] == "analyze" else "model"
 
 
 def describe(found: Sequence[Plugin], digests: Mapping[str, str]) -> dict[str, Any]:
@@ -107,7 +116,8 @@ def describe(found: Sequence[Plugin], digests: Mapping[str, str]) -> dict[str, A
             if len(classes) != 1:
                 raise TypeError(f"it must define exactly one Spec, found {len(classes)}")
             made = entry(classes[0], plugin.kind, plugin.role, digests[plugin.module], plugin.value)
-            entries.append(made.as_json())
+            package = packages.package_of(plugin.module)
+            entries.append(made.as_json() | {"package": str(package) if package else ""})
         except Exception as problem:
             broken[plugin.kind] = f"{type(problem).__name__}: {problem}".partition("\n")[0]
     return {"entries": entries, "broken": broken}
@@ -115,7 +125,8 @@ def describe(found: Sequence[Plugin], digests: Mapping[str, str]) -> dict[str, A
 
 def _renew(name: str, key: str, kept: Any, now: dict[str, list[int]]) -> Described:
     """Describe what is new or depends on something new, and keep the result."""
-    found = list(plugins(now))
+    found, broken = _unlike(plugins(now))
+    broken |= {package.name: package.problem for package in packages.packages() if package.problem}
     digests = _digests(found)
     old = {e["kind"]: e for e in kept["entries"]} if kept else {}
     stale = [p for p in found if p.kind not in old or old[p.kind]["closure"] != digests[p.module]]
@@ -128,10 +139,28 @@ def _renew(name: str, key: str, kept: Any, now: dict[str, list[int]]) -> Describ
     renewed = {e["kind"]: e for e in fresh["entries"]}
     kept_on = {p.kind: old[p.kind] for p in found if p.kind in old and p not in stale}
     entries = {**kept_on, **renewed}
-    data = {"stamps": now, "entries": [entries[kind] for kind in sorted(entries)], "broken": fresh["broken"]}
+    broken |= fresh["broken"]
+    data = {"stamps": now, "entries": [entries[kind] for kind in sorted(entries)], "broken": broken}
     if not fresh.get("lost"):
         user_cache.write(name, key, data)
     return _from_json(data)
+
+
+def _unlike(found: Iterable[Plugin]) -> tuple[list[Plugin], dict[str, str]]:
+    """The files whose names are their own; a name that two packages give is taken from neither."""
+    by_kind: dict[str, list[Plugin]] = {}
+    for plugin in found:
+        by_kind.setdefault(plugin.kind, []).append(plugin)
+
+    def giver(plugin: Plugin) -> str:
+        return str(packages.package_of(plugin.module) or "effc")
+
+    clashes = {
+        kind: f"{' and '.join(sorted(map(giver, several), key=lambda who: who != 'effc'))} both give it"
+        for kind, several in by_kind.items()
+        if len(several) > 1
+    }
+    return [several[0] for several in by_kind.values() if len(several) == 1], clashes
 
 
 def _digests(found: Sequence[Plugin]) -> dict[str, str]:
@@ -148,9 +177,10 @@ def _digests(found: Sequence[Plugin]) -> dict[str, str]:
 
 
 def _stamps() -> dict[str, list[int]]:
-    """Module name -> size and time of change of its file; equal stamps, equal file."""
+    """Module name -> size and time of change of its file; equal stamps, equal file. Packages count too."""
     found: dict[str, list[int]] = {}
     todo = [(f"effc.{floor}", _ROOT / floor) for floor in _READ]
+    todo += [(p.module, Path(p.folder)) for p in packages.packages() if p.folder is not None]
     while todo:
         name, folder = todo.pop()
         with os.scandir(folder) as inside:
@@ -161,13 +191,14 @@ def _stamps() -> dict[str, list[int]]:
                     stat = item.stat()
                     module = name if item.name == "__init__.py" else f"{name}.{item.name[:-3]}"
                     found[module] = [stat.st_size, stat.st_mtime_ns]
+    found |= {f"{p.name} = {p} {p.problem}": [0, 0] for p in packages.packages()}
     return dict(sorted(found.items()))
 
 
 def _in_child(stale: Sequence[Plugin], digests: Mapping[str, str]) -> dict[str, Any]:
     """Describe in another process: imports of torch and errors at import stay outside this one."""
     command = [sys.executable, "-m", "effc.runtime.catalogue", "--describe"]
-    asked = json.dumps({"plugins": stale, "digests": digests})
+    asked = json.dumps({"plugins": stale, "digests": digests, "path": sys.path})
     done = subprocess.run(command, input=asked, capture_output=True, text=True, check=False)
     try:
         answer: dict[str, Any] = json.loads(done.stdout.rpartition("\n")[2])
@@ -177,9 +208,12 @@ def _in_child(stale: Sequence[Plugin], digests: Mapping[str, str]) -> dict[str, 
         return {"entries": [], "broken": {plugin.kind: reason for plugin in stale}, "lost": True}
 
 
-def _place() -> tuple[str, str]:
-    """File name and key in the user's cache: one for each place where effc is installed."""
-    where = hashlib.blake2b(str(_ROOT).encode(), digest_size=4).hexdigest()
+def _place(alone: bool = False) -> tuple[str, str]:
+    """File name and key in the user's cache: one for each place where effc is installed, and for each set of
+    packages beside it; `alone` is the one without any."""
+    beside = () if alone else [(p.name, p.module, p.distribution, p.folder) for p in packages.packages()]
+    what = f"{_ROOT}{sorted(map(str, beside)) if beside else ''}"
+    where = hashlib.blake2b(what.encode(), digest_size=4).hexdigest()
     return f"catalogue-{where}.json", f"{_FORMAT}-py{sys.version_info[0]}.{sys.version_info[1]}"
 
 
@@ -191,6 +225,8 @@ def _from_json(data: Any) -> Described:
 def main(words: Sequence[str]) -> int:
     if words == ["--describe"]:
         asked = json.load(sys.stdin)
+        sys.path[:] = asked["path"]
+        packages.forget()
         print("\n" + json.dumps(describe([Plugin(*p) for p in asked["plugins"]], asked["digests"])), end="")
         return 0
     found = described()

@@ -94,6 +94,7 @@ def methods(options: argparse.Namespace) -> int:
     from effc.runtime.catalogue import catalogue
 
     listed = [e for e in catalogue().entries if e.role in ("method", "part")]
+    broken = catalogue().broken if options.kind is None else {}
     if options.kind is not None:
         one = [e for e in catalogue().entries if e.kind == options.kind or e.family == options.kind]
         if len(one) == 1 and not options.json:
@@ -101,26 +102,30 @@ def methods(options: argparse.Namespace) -> int:
             return 0
         listed = one or [_entry(options.kind)]
     if options.json:
-        print(json.dumps([as_listed(e) for e in listed], indent=2))
+        unusable = [_unlisted(kind, reason) for kind, reason in sorted(broken.items())]
+        print(json.dumps([as_listed(e) for e in listed] + unusable, indent=2))
         return 0
-    width = max(len(e.kind) for e in listed)
+    width = max(len(kind) for kind in (*(e.kind for e in listed), *broken))
     for entry in listed:
         print(f"{entry.kind:<{width}}  {entry.summary.partition(': ')[0].rstrip('.')}")
+    for kind, reason in sorted(broken.items()):
+        print(f"{kind:<{width}}  broken: {reason}")
     return 0
 
 
 def _entry(kind: str) -> Entry:
     """One entry by full or short name. Raises EffcError E201."""
-    from effc.runtime.catalogue import catalogue, described
+    from effc.runtime.catalogue import catalogue
 
     found = catalogue().find(kind) or next((e for e in catalogue().entries if e.short == kind), None)
     if found is not None:
         return found
+    if reason := catalogue().broken.get(kind):
+        help_ = "remove or repair the package; `effc methods` lists what is broken"
+        raise EffcError(Diagnostic("E235", f"`{kind}` cannot be used", notes=(reason,), help=help_))
     near = catalogue().near(kind) or get_close_matches(kind, {e.family for e in catalogue().entries})
-    reason = described().broken.get(kind)
-    notes = [f"its file cannot be imported: {reason}"] if reason else []
     help_ = f"did you mean `{near[0]}`?" if near else "`effc methods` lists them"
-    raise EffcError(Diagnostic("E201", f"no method or part is called `{kind}`", notes=notes, help=help_))
+    raise EffcError(Diagnostic("E201", f"no method or part is called `{kind}`", help=help_))
 
 
 def as_listed(entry: Entry) -> dict[str, Any]:
@@ -132,7 +137,14 @@ def as_listed(entry: Entry) -> dict[str, Any]:
         "paper": entry.paper,
         "contract": _contract(entry),
         "parameters": [_listed(p) for p in entry.parameters],
+        **({"package": entry.package} if entry.package else {}),
     }
+
+
+def _unlisted(kind: str, reason: str) -> dict[str, Any]:
+    """What cannot be used, in the same shape, with the reason."""
+    empty: dict[str, Any] = {"summary": "", "paper": "", "contract": None, "parameters": []}
+    return {"name": kind, "family": kind.rpartition(".")[0], **empty, "broken": reason}
 
 
 def _contract(entry: Entry) -> dict[str, Any] | None:
@@ -165,6 +177,7 @@ def page(entry: Entry) -> str:
     lines += ["", "arguments:" if rows else "no arguments"]
     lines += [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:<{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
     lines += ["", "examples:", *(f"  {example}" for example in entry.examples), "", f"source: {entry.paper}"]
+    lines += [f"package: {entry.package}"] if entry.package else []
     return "\n".join(lines)
 
 

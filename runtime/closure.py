@@ -1,4 +1,5 @@
-"""The import closure of a source file inside effc, read from its text: nothing is imported, nothing runs.
+"""The import closure of a source file inside effc, or a package of methods beside it, read from its text:
+nothing is imported, nothing runs.
 
 A result depends on the sources that could have run; a catalogue entry on those it was read from. Both are
 told apart by the same hash. Layout and comments do not count. What is imported for type checkers alone,
@@ -14,6 +15,9 @@ from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
+
+from effc import HOMES
+from effc.specs import plugins
 
 PACKAGE = "effc"
 
@@ -32,7 +36,8 @@ def fingerprint(modules: Sequence[str], docstrings: bool = True) -> str:
 
 
 def closure(modules: Sequence[str]) -> list[str]:
-    """Dotted names of all modules inside effc that importing `modules` could load, sorted.
+    """Dotted names of all modules inside effc, and the packages that `modules` lie in, that importing
+    `modules` could load, sorted.
 
     Raises: as `fingerprint`.
     """
@@ -49,15 +54,18 @@ def closure(modules: Sequence[str]) -> list[str]:
 
 
 def source(module: str) -> Path | None:
-    """The file of a module inside effc; None when there is none."""
+    """The file of a module inside effc or a package of methods; None when there is none."""
     words = module.split(".")
-    if words[0] != PACKAGE or len(words) < 2:
-        return None
-    base = _floor(words[1])
+    if words[0] == PACKAGE:
+        base, rest = _floor(words[1]) if len(words) > 1 else None, words[2:]
+    else:
+        found = plugins.package_of(module)
+        base = Path(found.folder) if found is not None and found.folder is not None else None
+        rest = words[len(found.module.split(".")) :] if found is not None else []
     if base is None:
         return None
-    place = base.joinpath(*words[2:])
-    for path in (place / "__init__.py", place.with_suffix(".py") if len(words) > 2 else None):
+    place = base.joinpath(*rest)
+    for path in (place / "__init__.py", place.with_suffix(".py") if rest else None):
         if path is not None and path.is_file():
             return path
     return None
@@ -120,7 +128,7 @@ def _needs(module: str, path: str, changed: int, size: int) -> tuple[str, ...]:
     for node in _running(_tree(path, changed, size)):
         for name in _named(node, package):
             words = name.split(".")
-            for end in range(2, len(words) + 1):
+            for end in range(1, len(words) + 1):
                 part = ".".join(words[:end])
                 if source(part) is not None:
                     found[part] = None
@@ -146,14 +154,23 @@ def _for_types(test: ast.expr) -> bool:
 
 
 def _named(node: ast.AST, package: str) -> Iterator[str]:
-    """Dotted names that an import statement may load; what follows `import` may be a module or not."""
+    """Dotted names that a statement may load; what follows `import` may be a module or not.
+
+    Names of the front door lead on: `from effc import rule`, `effc.rule`, and with `import effc as e` all.
+    """
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
+        if any(alias.name == PACKAGE and alias.asname for alias in node.names):
+            yield from HOMES.values()
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == PACKAGE:
+        yield from (HOMES[name] for name in (node.attr,) if name in HOMES)
+    elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE and not node.level:
+        yield from (HOMES.get(alias.name, f"{PACKAGE}.{alias.name}") for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
         base = node.module or ""
         if node.level:
             above = package.split(".")
             above = above[: len(above) - node.level + 1]
             base = ".".join([*above, *([base] if base else [])])
-        if base.split(".")[0] == PACKAGE:
+        if base.split(".")[0] == PACKAGE or plugins.package_of(base) is not None:
             yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from effc import passes
 from effc.runtime.closure import fingerprint
 from effc.specs.recipe import Binding, Call, Ref, Value
 
@@ -26,6 +27,7 @@ RUNNERS = {
     "Calibrate": "effc.runtime.calibrate",
     "Train": "effc.runtime.fit",
     "Merge": "effc.runtime.merge",
+    "Analyze": "effc.runtime.analyzing",
 }
 """Shape of a method -> the module that runs it, whose sources count as the method's own do."""
 
@@ -38,7 +40,7 @@ def stage_parts(
     Names of bindings do not count: renaming one changes nothing that is computed.
     """
     call = binding.call
-    modules = [f"effc.passes.{call.kind}", RUNNERS[shape], *_parts_within(call)]
+    modules = [passes.module_of(call.kind), RUNNERS[shape], *_parts_within(call)]
     return {
         "method": call.kind,
         "source": fingerprint(modules, docstrings=False),

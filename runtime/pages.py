@@ -1,4 +1,7 @@
-"""Pages about methods, made from their files: `python -m effc.runtime.pages docs/methods README.md`."""
+"""Pages about methods, made from their files: `python -m effc.runtime.pages docs/methods README.md`.
+
+A package of methods makes pages of its own by `python -m effc.runtime.pages --of acme_effc docs/methods`.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,12 @@ _FIDELITY = {
 }
 
 
-def table() -> str:
-    """Every method with what it does, how far it moves the function, and its source, as a Markdown table."""
+def table(package: str = "") -> str:
+    """Every method of a package, by default effc's own: what it does, how far it moves the function, its
+    source. A Markdown table.
+    """
     rows = ["| method | what it does | function | source |", "|---|---|---|---|"]
-    rows += [_row(entry) for entry in _methods()]
+    rows += [_row(entry) for entry in _methods(package)]
     return "\n".join(rows)
 
 
@@ -38,22 +43,24 @@ def with_table(text: str) -> str:
     return f"{before}{BEGIN}\n{table()}\n{END}{after}"
 
 
-def write(folder: Path) -> list[Path]:
+def write(folder: Path, package: str = "") -> list[Path]:
     """One page a method, and an index; returns the files."""
     from effc import passes
     from effc.compiler.describe import page
 
     folder.mkdir(parents=True, exist_ok=True)
     made = [folder / "README.md"]
-    made[0].write_text(f"# Methods\n\n{table()}\n")
-    for entry in _methods():
+    made[0].write_text(f"# Methods\n\n{table(package)}\n")
+    for entry in _methods(package):
         made.append(folder / f"{entry.kind}.md")
         made[-1].write_text(page(passes.resolve(entry.kind)))
     return made
 
 
-def _methods() -> list[Entry]:
-    return sorted((e for e in catalogue().entries if e.role == "method"), key=lambda e: e.kind)
+def _methods(package: str) -> list[Entry]:
+    """Those of one package; a neighbor that happens to be installed is no part of the pages."""
+    found = (e for e in catalogue().entries if e.role == "method")
+    return sorted((e for e in found if e.package.partition(" ")[0] == package), key=lambda e: e.kind)
 
 
 def _row(entry: Entry) -> str:
@@ -65,8 +72,11 @@ def _row(entry: Entry) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    package = ""
+    if arguments[0] == "--of":
+        _, package, *arguments = arguments
     folder, *texts = arguments
-    made = write(Path(folder))
+    made = write(Path(folder), package)
     for name in texts:
         path = Path(name)
         path.write_text(with_table(path.read_text()))

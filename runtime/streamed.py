@@ -13,6 +13,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from effc.compiler.books import Known
 from effc.compiler.model import Model
 from effc.compiler.presence import loaded
 from effc.compiler.rewrite import Rewriter
@@ -38,7 +39,7 @@ class StreamedRewriter(Rewriter):
         """Spilled tensors that the method still holds, by identity: units that share one stay tied."""
         self._stands: dict[int, Tensor] = {}
         """Identity of a spilled tensor -> what stands for it in the model, on meta."""
-        self._sources: dict[int, tuple[Any, str | None]] = {}
+        self._sources: Known = {}
         """The same, as the books have it: identity of a stand-in -> (its source, no former name)."""
 
     def present(self, path: str) -> Any:
@@ -72,9 +73,9 @@ class StreamedRewriter(Rewriter):
         self._sources[id(stand)] = (self._spill(tensor), None)
         return stand
 
-    def _follow(self, known: dict[int, tuple[Any, str | None]]) -> None:
+    def _follow(self, known: Known, edit: str = "") -> None:
         self._fresh |= self._sources.keys()
-        super()._follow(known | self._sources)
+        super()._follow(known | self._sources, edit)
 
     def _pass(self, count: int) -> None:
         """Book bytes that were read or are written."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -120,7 +120,9 @@ class Entry:
     overrides: tuple[str, ...] = ()
     """Arguments that a rule may set for the modules it names."""
     closure: str = ""
-    """Hash of the sources it depends on inside effc."""
+    """Hash of the sources it depends on inside effc and its own package."""
+    package: str = ""
+    """The package it comes from; empty for effc's own."""
 
     @property
     def short(self) -> str:
@@ -146,10 +148,12 @@ class Catalogue:
     """All entries by name."""
 
     entries: tuple[Entry, ...]
+    broken: Mapping[str, str] = field(default_factory=dict)
+    """Names of files that cannot be used -> why."""
 
     @classmethod
-    def of(cls, entries: Iterable[Entry]) -> Self:
-        return cls(tuple(sorted(entries, key=lambda e: e.kind)))
+    def of(cls, entries: Iterable[Entry], broken: Mapping[str, str] | None = None) -> Self:
+        return cls(tuple(sorted(entries, key=lambda e: e.kind)), dict(broken or {}))
 
     @cached_property
     def _by_kind(self) -> dict[str, Entry]:

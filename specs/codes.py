@@ -159,6 +159,7 @@ CODES: Mapping[str, str] = {
     "E432": "A config lacks a value, or sets one that effc cannot express.",
     "E433": "The tensors of a checkpoint are not those that its config asks for.",
     "E434": "A file of a tokenizer is larger than it can be.",
+    "E235": "A method is there and cannot be used: its file does not import, or two packages give the name.",
     "E408": "A pattern asks for a field that nothing has, or fits in more ways than can be looked through.",
     "E409": "A rule breaks the model or its contract, so the model stays as it was.",
     "E412": "Rules that are to run until nothing changes change something every time.",

@@ -95,7 +95,9 @@ class Recursive(Rewrite):
         layers = model.layers
         inner = len(self._inner(layers))
         if inner < 2:
-            return [Diagnostic("E330", f"`{self.kind}` needs layers to share, and this model has {layers}")]
+            title = f"`{self.kind}` needs layers to share, and this model has {layers}"
+            help = f"leave the stage out; `share = {self.share}` takes at least {layers - inner + 2} layers"
+            return [Diagnostic("E330", title, help=help)]
         if inner % self.loops:
             fits = [n for n in range(2, inner + 1) if inner % n == 0]
             which = "inner layers" if self.share.startswith("middle") else "layers"
@@ -142,6 +144,9 @@ class Recursive(Rewrite):
             return []
         first = self._inner(model.layers)[0]
         units = {tail: model.module(f"layers.{first}.{tail}") for tail in _matrices(model, first)}
+        if not units:
+            title = f"`{self.kind}` adds factors to dense weights, and no layer holds any"
+            return [Diagnostic("E323", title, help="tie before the stage that packs, or use lora_rank = 0")]
         stacks = [tail for tail, unit in units.items() if isinstance(unit, StackedLinear)]
         if stacks:
             note = f"{some(stacks)} in every layer"

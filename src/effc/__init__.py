@@ -9,6 +9,9 @@
     rw = effc.Rewriter(m)
     for hit in rw.match(effc.pattern("norm -> linear")): ...
 
+    @effc.rule("fold", "norm[users=1] -> linear", contract=effc.EXACT)
+    def fold(rw, hit): ...                        # and effc.Pipeline([fold]).run(m), verified
+
 Names are imported when first used: `import effc` alone loads no torch.
 """
 
@@ -19,34 +22,56 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from effc.compiler.match import pattern
+    from effc.compiler.contract import EXACT, LOSSY, WITHIN
+    from effc.compiler.instruments import Dump, Equality, Timing
+    from effc.compiler.pattern import pattern
+    from effc.compiler.pipeline import Pipeline
     from effc.compiler.rewrite import Rewriter
+    from effc.compiler.rule import Ruled, rule
     from effc.compiler.trace import trace
     from effc.runtime.front import compile, load, parse, plan
     from effc.specs.diagnostic import Diagnostic, EffcError
 
-_HOMES = {
+HOMES = {
     "Diagnostic": "effc.specs.diagnostic",
+    "Dump": "effc.compiler.instruments",
+    "EXACT": "effc.compiler.contract",
     "EffcError": "effc.specs.diagnostic",
+    "Equality": "effc.compiler.instruments",
+    "LOSSY": "effc.compiler.contract",
+    "Pipeline": "effc.compiler.pipeline",
     "Rewriter": "effc.compiler.rewrite",
+    "Ruled": "effc.compiler.rule",
+    "Timing": "effc.compiler.instruments",
+    "WITHIN": "effc.compiler.contract",
     "compile": "effc.runtime.front",
     "load": "effc.runtime.front",
     "parse": "effc.runtime.front",
-    "pattern": "effc.compiler.match",
+    "pattern": "effc.compiler.pattern",
     "plan": "effc.runtime.front",
+    "rule": "effc.compiler.rule",
     "trace": "effc.compiler.trace",
 }
 
 __all__ = [
+    "EXACT",
+    "LOSSY",
+    "WITHIN",
     "Diagnostic",
+    "Dump",
     "EffcError",
+    "Equality",
+    "Pipeline",
     "Rewriter",
+    "Ruled",
+    "Timing",
     "__version__",
     "compile",
     "load",
     "parse",
     "pattern",
     "plan",
+    "rule",
     "trace",
 ]
 
@@ -56,9 +81,11 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("effc")
-    if name not in _HOMES:
+    if name == "testing":
+        return import_module("effc.testing")
+    if name not in HOMES:
         raise AttributeError(f"module 'effc' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

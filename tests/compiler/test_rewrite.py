@@ -9,7 +9,7 @@ import torch
 
 from effc.compiler.blocks import Linear, Norm, Scale
 from effc.compiler.blocks.quant_linear import QuantEmbedding
-from effc.compiler.match import pattern
+from effc.compiler.pattern import pattern
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.weights import resident

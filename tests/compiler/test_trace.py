@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from effc.compiler.blocks import Linear, Norm
 from effc.compiler.cost import count
-from effc.compiler.match import pattern
+from effc.compiler.pattern import pattern
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.show import show
 from effc.compiler.trace import trace
