@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effc import passes
 from effc.compiler.around import LOSSES, REPORTED, judged, reportable, streams
 from effc.compiler.fit import untimed
 from effc.compiler.method import Method
@@ -104,7 +105,7 @@ class Judging:
         question = [
             "contract", method.kind, method.model_dump(mode="json"), self.fingerprints[before],
             self.fingerprints[after], [opened.fingerprint for opened in data.values()],
-            *self._class("effc.compiler.probe", f"effc.passes.{method.kind}"),
+            *self._class("effc.compiler.probe", passes.module_of(method.kind)),
         ]  # fmt: skip
 
         def measured() -> dict[str, Any]:
