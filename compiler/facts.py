@@ -20,6 +20,7 @@ from effc.compiler.blocks.low_rank_linear import LowRankLinear
 from effc.compiler.blocks.moe import MoE
 from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.quant_linear import Packed
+from effc.compiler.blocks.routed_lora import GatedLora, RoutedLora
 from effc.compiler.blocks.tempered import Tempered
 from effc.compiler.contract import Fact
 from effc.compiler.method import Method
@@ -56,7 +57,8 @@ def facts_of(model: Model) -> dict[str, bool]:
 
 def dense(model: Model, paths: Sequence[str]) -> bool:
     """Weights are plain numbers: neither packed nor factored nor with an adapter beside them."""
-    return not any(isinstance(model.module(p), Packed | LowRankLinear | LoraLinear) for p in paths)
+    others = Packed | LowRankLinear | LoraLinear | GatedLora | RoutedLora
+    return not any(isinstance(model.module(p), others) for p in paths)
 
 
 def packed(model: Model, paths: Sequence[str]) -> bool:
@@ -77,6 +79,15 @@ def low_rank(model: Model, paths: Sequence[str]) -> bool:
 def adapter(model: Model, paths: Sequence[str]) -> bool:
     """Some linear has an adapter beside it."""
     return any(isinstance(model.module(p), LoraLinear) for p in paths)
+
+
+def beside(kind: type[nn.Module]) -> Predicate:
+    """Some linear is inside a unit of this kind."""
+
+    def found(model: Model, paths: Sequence[str]) -> bool:
+        return any(isinstance(model.module(p), kind) for p in paths)
+
+    return found
 
 
 def tied(model: Model, paths: Sequence[str]) -> bool:
@@ -132,9 +143,11 @@ PREDICATES: Mapping[str, Predicate] = {
     "carved": carved,
     "dense": dense,
     "ensemble": ensemble,
+    "gated": beside(GatedLora),
     "low_rank": low_rank,
     "mixture": mixture,
     "packed": packed,
+    "routed": beside(RoutedLora),
     "sparse": sparse,
     "sparse_2_4": sparse_in_groups(2, 4),
     "sparse_4_8": sparse_in_groups(4, 8),

@@ -204,6 +204,36 @@ def temper(scores: Tensor, like: Tensor, *, act: str, tau: float, least: float) 
     wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
     weights, chosen = kept(torch.softmax(gated(wide, act) / tau, -1), least)
     return weights.to(like.dtype), chosen
+
+
+@_op()
+def spread(x: Tensor, chosen: Tensor) -> Tensor:
+    """x [N, d] -> [N, k, d]: a copy for each active expert"""
+    return x.unsqueeze(1).expand(-1, chosen.shape[1], -1)
+
+
+@_op()
+def expert_linear(x: Tensor, w: Tensor, chosen: Tensor) -> Tensor:
+    """x [N, k, i], w [E, o, i], chosen [N, k] -> [N, k, o]: each copy through its own expert"""
+    out = x.new_zeros(*x.shape[:2], w.shape[1])
+    for expert in range(w.shape[0]):
+        here = chosen == expert
+        out[here] = F.linear(x[here], w[expert].to(x.dtype))
+    return out
+
+
+@_op()
+def combine(y: Tensor, weights: Tensor) -> Tensor:
+    """y [N, k, d], weights [N, k] -> [N, d]: the weighted sum"""
+    return (y * weights.unsqueeze(-1)).sum(1)
+
+
+@_op()
+def standardize(x: Tensor) -> Tensor:
+    """x [N, d] -> mean 0 and deviation 1 over d"""
+    return F.layer_norm(x, (x.shape[-1],))
+
+
 @_op()
 def mean_expert(w: Tensor) -> Tensor:
     """w [E, o, i] -> the mean [o, i], taken in float32 at least"""
@@ -234,30 +264,6 @@ def tell(x: Tensor, step: Step, value: Tensor, *, side: str) -> Tensor:
 def told(step: Step, *, side: str) -> Tensor:
     """What an earlier block told of each token [B, T] -> [N, 1]"""
     return step.sides[side].reshape(-1, 1)
-
-
-
-
-@_op()
-def spread(x: Tensor, chosen: Tensor) -> Tensor:
-    """x [N, d] -> [N, k, d]: a copy for each active expert"""
-    return x.unsqueeze(1).expand(-1, chosen.shape[1], -1)
-
-
-@_op()
-def expert_linear(x: Tensor, w: Tensor, chosen: Tensor) -> Tensor:
-    """x [N, k, i], w [E, o, i], chosen [N, k] -> [N, k, o]: each copy through its own expert"""
-    out = x.new_zeros(*x.shape[:2], w.shape[1])
-    for expert in range(w.shape[0]):
-        here = chosen == expert
-        out[here] = F.linear(x[here], w[expert].to(x.dtype))
-    return out
-
-
-@_op()
-def combine(y: Tensor, weights: Tensor) -> Tensor:
-    """y [N, k, d], weights [N, k] -> [N, d]: the weighted sum"""
-    return (y * weights.unsqueeze(-1)).sum(1)
 
 
 @_op()

@@ -152,7 +152,8 @@ class Names:
             help_ = f"write {node.value} without quotes" if node.value[:1].isdigit() else None
         elif form := form_of(place, "list"):
             if not isinstance(node, tree.List):
-                example = EXAMPLES.get(form.item[0].unit or "", "0.9") if form.item else "..."
+                named = not form.item or form.item[0].type in ("data", "model")
+                example = "..." if named else EXAMPLES.get(form.item[0].unit or "", "0.9")
                 items = form.length[0] or 1
                 help_ = f"write a list, as in [{', '.join([short(node)] + [example] * (items - 1))}]"
         elif slot := next((form.slot for form in place.forms if form.slot), None):

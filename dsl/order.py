@@ -158,6 +158,7 @@ def _never_given(binding: Binding, need: Claim, ref: Ref) -> Diagnostic:
     help_ = {
         "adapter": f'put adapt.lora(...) before it, or read one: adapter("...", on = {ref.name})',
         "carved": "put moe.carve(...) before it",
+        "gated": "train its gate: moe.phatgoose_gate(..., data = ...)",
         "ensemble": "put moe.ewa(...) and a training stage before it",
     }.get(need.fact, f"let a stage give {need.fact} before")
     return Diagnostic("E301", f"`{binding.call.kind}` finds no {need.fact} in `{ref}`", [label], help=help_)

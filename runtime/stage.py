@@ -49,7 +49,7 @@ def _run(method: Method, inputs: Sequence[Model], context: Context) -> Outcome:
         case Rewrite():
             from effc.runtime.rewriting import rewrite
 
-            return rewrite(method, inputs[0], context)
+            return rewrite(method, inputs[0], context, inputs[1:])
         case Calibrate():
             from effc.runtime.calibrate import calibrate
 

@@ -14,6 +14,7 @@ from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.patch_embed import PatchEmbed
 from effc.compiler.blocks.pre_gate import PreGate
 from effc.compiler.blocks.quant_linear import QuantEmbedding, QuantLinear, QuantStackedLinear
+from effc.compiler.blocks.routed_lora import GatedLora, RoutedLora
 from effc.compiler.blocks.tempered import Tempered
 from effc.compiler.blocks.unit import REGISTRY, Unit
 
@@ -26,6 +27,7 @@ __all__ = [
     "Channels",
     "Embedding",
     "Experts",
+    "GatedLora",
     "Linear",
     "LoraLinear",
     "LowRankLinear",
@@ -36,6 +38,7 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "QuantStackedLinear",
+    "RoutedLora",
     "Scale",
     "Softcap",
     "StackedLinear",

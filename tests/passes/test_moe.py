@@ -295,6 +295,22 @@ def test_decoding_runs_the_chosen_experts_alone(mixture: Model) -> None:
     assert len(ran) == len(set(ran)) == 2
 
 
+def test_a_decoded_batch_runs_each_expert_once(mixture: Model) -> None:
+    """Rows that chose the same expert go through it together."""
+    ran: dict[int, int] = {}
+    mixture.module("layers.0.moe.experts.up").register_forward_pre_hook(
+        lambda _, args: ran.__setitem__(args[1], ran.get(args[1], 0) + len(args[0]))
+    )
+    calls: list[int] = []
+    mixture.module("layers.0.moe.experts.down").register_forward_pre_hook(
+        lambda _, args: calls.append(args[1])
+    )
+    with torch.no_grad():
+        mixture(torch.arange(16)[:, None])
+    assert len(calls) == len(set(calls))
+    assert sum(ran.values()) == 32
+
+
 def test_upcycle_refuses_in_the_words_of_its_card(tiny: Model, mixture: Model) -> None:
     with pytest.raises(ValueError, match="top_k is 5, and there are 4 experts"):
         Upcycle(experts=4, top_k=5)
