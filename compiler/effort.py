@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effc.compiler.method import Method, Work
 from effc.compiler.model import Model
-from effc.compiler.shapes import Calibrate, Merge, Rewrite, Train
+from effc.compiler.shapes import Analyze, Calibrate, Merge, Rewrite, Train
 from effc.specs.target import Target
 
 STREAMED = 4096
@@ -31,6 +31,8 @@ def peak_of(method: Method, model: Model, work: Work, target: Target, text: int 
     match method:
         case Merge():
             held = 0
+        case Analyze():
+            held = 2 * max((t.numel() * t.element_size() for t in model.tensors().values()), default=0)
         case Calibrate():
             inner = int(model.config.get("intermediate_size", 4 * width(model)))
             active = 4 * STREAMED * (6 * width(model) + 4 * inner)

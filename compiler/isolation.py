@@ -20,17 +20,14 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from effc.compiler.blocks import PatchEmbed, Unit
-from effc.compiler.label_rules import WHY
-from effc.compiler.labels import RANDOM, ROWS, Flow, Labelling, Place, union
+from effc.compiler.label_names import WHY
+from effc.compiler.label_ops import follow
+from effc.compiler.labels import RANDOM, ROWS, Flow, Labelling, Place
 from effc.compiler.model import Model
-from effc.compiler.op_graph import Op, OpGraph, expand
+from effc.compiler.op_graph import OpGraph, expand
 from effc.compiler.presence import loaded
 from effc.compiler.step import Cache, Step
 from effc.compiler.trace import TracedModel
-
-ROWWISE = {"expert_linear": 2}
-"""Ops that are written for all rows at once, but in which a row of the result reads the same row of the
-values (all but the weights) alone -> how many axes the rows have."""
 
 REPAIRS: Mapping[str, str] = {
     WHY["reduce"]: "take it along each row alone: a scale, a rank or a sum for each row or token",
@@ -270,51 +267,3 @@ def _called(flow: Flow, block: nn.Module, args: Any, training: bool) -> Any:
     own = copy.deepcopy(block).train(training) if training else block
     with torch.no_grad(), Labelling(flow):
         return own(*args)
-
-
-def follow(
-    flow: Flow, graph: OpGraph, block: nn.Module, x: Tensor, step: Step | None, past: Any, path: str
-) -> tuple[Tensor, Any]:
-    """Run an op graph with labels, each op under its name -> (y, the past after it)."""
-    from effc.compiler.ops import OPS
-
-    tensors = dict(block.named_parameters(remove_duplicate=False)) | dict(
-        block.named_buffers(remove_duplicate=False)
-    )
-    values: dict[int, Any] = {0: x, 1: step, 2: past}
-    for op in graph.ops:
-        if op.name == "weight":
-            values[op.gives[0]] = tensors[op.attributes["name"]]
-            continue
-        flow.node = f"{path}: {_label(op)}"
-        kind = OPS[op.name]
-        given = [None if n is None else values[n] for n in op.takes]
-        if op.name in ROWWISE:
-            with torch.no_grad():
-                result = kind.run(*given, **op.attributes)
-            _by_rows(flow, given, result, ROWWISE[op.name])
-        else:
-            with torch.no_grad(), Labelling(flow):
-                result = kind.run(*given, **op.attributes)
-        results = result if kind.gives > 1 else (result,)
-        values.update(zip(op.gives, results, strict=True))
-    return values[graph.output], None if graph.state is None else values[graph.state]
-
-
-def _label(op: Op) -> str:
-    return f"%{op.gives[0]} {op.name}"
-
-
-def _by_rows(flow: Flow, given: Sequence[Any], result: Tensor, axes: int) -> None:
-    """Each row of the result reads the same row of every value that has those rows; all of the others."""
-    rows = result.shape[:axes]
-    labels = torch.zeros(rows, dtype=torch.int64)
-    for tensor in given:
-        if not isinstance(tensor, Tensor):
-            continue
-        own = flow.of(tensor)
-        if own.shape[:axes] == rows:
-            labels = labels | union(own, list(range(axes, own.ndim))).reshape(rows)
-        else:
-            labels = labels | union(own, None)
-    flow.keep(result, labels.view(*rows, *[1] * (result.ndim - axes)))

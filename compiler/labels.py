@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from effc.compiler.label_names import WHY
+
 MOST_ROWS = 8
 RANDOM = 1 << MOST_ROWS
 ROWS = RANDOM - 1
@@ -179,6 +181,30 @@ def _tensors(values: Sequence[Any]) -> list[Tensor]:
         elif isinstance(value, list | tuple):
             found += _tensors(value)
     return found
+
+
+def settle(flow: Flow, call: Call, given: Sequence[Tensor], made: Sequence[Tensor], why: str) -> None:
+    """Keep labels of results; those of a written tensor are written in place, so that its views see them."""
+    for result, labels in zip(call.results(), made, strict=True):
+        labels = flow.met(call.name, WHY[why], labels.expand(result.shape))
+        if given:
+            labels = flow.crossed(call.name, WHY["move"], given[0], labels)
+        if writes(call.func):
+            flow.of(result).copy_(labels | flow.decided)
+        else:
+            flow.keep(result, labels)
+
+
+def writes(func: Any) -> bool:
+    return bool(func._schema.is_mutable)
+
+
+def everything(labels: Sequence[Tensor]) -> Tensor:
+    """The union of everything."""
+    bits = torch.zeros((), dtype=torch.int64)
+    for one in labels:
+        bits = bits | union(one, None) if one.numel() else bits
+    return bits
 
 
 class Labelling(TorchDispatchMode):

@@ -20,6 +20,7 @@ from effc.compiler.fit import disk_full, too_large, untimed
 from effc.compiler.method import Method, Work
 from effc.compiler.model import Model
 from effc.compiler.placed import placed
+from effc.compiler.plan_report import ReportPlan, reported
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selected import selector_report
 from effc.compiler.shapes import Merge
@@ -114,17 +115,20 @@ class Plan:
     warnings: tuple[Diagnostic, ...] = ()
     around: tuple[Around, ...] = ()
     """What a run does beside the stages."""
+    reports: tuple[ReportPlan, ...] = ()
 
     def stage(self, name: str) -> StagePlan:
         return next(s for s in self.stages if s.name == name)
 
     @property
     def seconds(self) -> float:
-        return sum(s.seconds for s in self.stages) + sum(a.seconds for a in self.around)
+        told = sum(r.seconds for r in self.reports)
+        return sum(s.seconds for s in self.stages) + told + sum(a.seconds for a in self.around)
 
     @property
     def peak_bytes(self) -> int:
-        return max((s.peak_bytes for s in self.stages), default=0)
+        peaks = [*(s.peak_bytes for s in self.stages), *(r.peak_bytes for r in self.reports)]
+        return max(peaks, default=0)
 
     @property
     def disk_bytes(self) -> int:
@@ -136,6 +140,7 @@ class Plan:
             "title": self.recipe.title,
             "target": self.target.model_dump(mode="json"),
             "stages": [s.as_json() for s in self.stages],
+            "reports": [r.as_json() for r in self.reports],
             "around": [a.as_json() for a in self.around],
             "expects": [{"text": e.text, "holds": None} for e in self.recipe.expects],
             "exports": [
@@ -156,11 +161,14 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
     models: dict[str, Model] = {}
     refused: dict[str, Model] = {}
     stages: list[StagePlan] = []
+    reports: list[ReportPlan] = []
     problems: list[Diagnostic] = []
     texts = {b.name: sources.text(b) for b in recipe.bindings if b.value == "data"}
     for binding in recipe.bindings:
         if binding.value == "data":
             problems += [placed(d, binding.call) for d in sources.missing(binding)]
+        if binding.value == "report":
+            reports += reported(binding, sources.stage(binding), models, target, _opened(texts), problems)
         if binding.value != "model":
             continue
         staged = None
@@ -198,7 +206,7 @@ def plan(recipe: Recipe, sources: Sources, target: Target) -> Plan:
     problems += untimed(recipe.expects, sizes, target.memory_bytes, target.base_bytes)
     warnings = tuple(d for d in problems if d.severity == "warning")
     beside = tuple(around(recipe, models, texts, target))
-    result = Plan(recipe, target, tuple(stages), models, warnings, beside)
+    result = Plan(recipe, target, tuple(stages), models, warnings, beside, tuple(reports))
     errors = [d for d in problems if d.severity == "error"]
     free = target.disk_bytes if target.disk_bytes is not None else sources.disk_free()
     if not errors and result.disk_bytes > free:

@@ -20,10 +20,12 @@ def plan_text(record: Record) -> str:
 def _lines(record: Record) -> Iterator[str]:
     stages: Sequence[Record] = record["stages"]
     beside: Sequence[Record] = record.get("around", ())
+    reports: Sequence[Record] = record.get("reports", ())
+    total = _total(stages, reports, beside)
     yield f"plan of {record['recipe']}" + (f": {record['title']}" if record["title"] else "")
     yield ""
     yield from table(
-        [_HEAD, *(_row(s) for s in stages), *map(_beside, beside), _total(stages, beside)], left=2
+        [_HEAD, *map(_row, stages), *map(_said, reports), *map(_beside, beside), total], left=2
     )
     for stage in stages:
         if stage["selected"]:
@@ -38,7 +40,8 @@ def _lines(record: Record) -> Iterator[str]:
         yield f"torch runs `{model}`, without a C program: {why}"
     target = record["target"]
     yield ""
-    peak, disk = max(s["peak_bytes"] for s in stages), sum(s["disk_bytes"] for s in stages)
+    disk = sum(s["disk_bytes"] for s in stages)
+    peak = max(s["peak_bytes"] for s in (*stages, *reports))
     yield f"fits `{target['name']}`: {fmt_bytes(peak)} of {fmt_bytes(target['memory_bytes'])} memory" + (
         f", {fmt_bytes(disk)} of {fmt_bytes(record['disk_free'])} disk" if record.get("disk_free") else ""
     )
@@ -67,14 +70,23 @@ def _cache(stage: Record) -> str:
     return f"{grows} + {fmt_bytes(constant)}" if constant else grows
 
 
+def _said(report: Record) -> tuple[str, ...]:
+    """An analysis, which makes no model."""
+    peak, seconds = fmt_bytes(report["peak_bytes"]), fmt_seconds(report["seconds"])
+    return (report["name"], report["method"], "", "", "", "", peak, "-", seconds)
+
+
 def _beside(row: Record) -> tuple[str, ...]:
     """What is no stage: its time alone."""
     return (row["name"], row["what"], "", "", "", "", "", "", fmt_seconds(row["seconds"]))
 
 
-def _total(stages: Sequence[Record], beside: Sequence[Record]) -> tuple[str, ...]:
-    disk, seconds = sum(s["disk_bytes"] for s in stages), sum(s["seconds"] for s in (*stages, *beside))
-    peak = max((s["peak_bytes"] for s in stages), default=0)
+def _total(
+    stages: Sequence[Record], reports: Sequence[Record], beside: Sequence[Record]
+) -> tuple[str, ...]:
+    disk = sum(s["disk_bytes"] for s in stages)
+    seconds = sum(s["seconds"] for s in (*stages, *reports, *beside))
+    peak = max((s["peak_bytes"] for s in (*stages, *reports)), default=0)
     return ("", "", "", "", "", "", fmt_bytes(peak), fmt_bytes(disk), fmt_seconds(seconds))
 
 

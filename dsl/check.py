@@ -62,7 +62,8 @@ def check(scope: Scope, catalogue: Catalogue, problems: list[Diagnostic]) -> Rec
     )
     same_places(exports, ordered, problems)
     problems += gates_on_seen_data(recipe)
-    problems += _unused(scope, run, bool(expects or exports))
+    told = any(kind == "report" for kind in run.kinds.values())
+    problems += _unused(scope, run, bool(expects or exports or told))
     return recipe
 
 
@@ -115,6 +116,8 @@ def _unused(scope: Scope, run: _Run, shows: bool) -> Iterator[Diagnostic]:
         if name in run.used or not shows:
             continue
         what, help_ = str(bind.keyword), "take the line out"
+        if run.kinds[scope.prefix + name] == "report":  # a report is told whether or not something asks
+            continue
         if what == "stage":
             what, help_ = "result", f'add export {name} as artifact("out/{name}.effc"), or {help_}'
         yield _never_used("W201", what, bind.name, help_)

@@ -108,7 +108,8 @@ def _metric(
         help_ = f"did you mean `{near[0]}`?" if near else f"there are: {', '.join(MEASURES)}"
         values.report("E219", f"there is no metric `{metric}`", word.span, help_=help_)
         return None
-    ref = values.reference(tree.Name(model, word.span), "model", f"`{metric}`")
+    kind = "report" if metric == "findings" else "model"
+    ref = values.reference(tree.Name(model, word.span), kind, f"`{metric}`")
     if ref is None:
         return None
     return _with_arguments(node, ref, metric, values, data_kinds)

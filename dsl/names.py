@@ -17,7 +17,11 @@ from effc.specs.source import Span
 
 SPLITS = ("train", "heldout")
 _ARTICLES = {"model": "a model", "data": "data", "report": "a report"}
-_BINDS = {"model": 'model {} = load("...")', "data": 'data {} = corpus("python-stdlib")'}
+_BINDS = {
+    "model": 'model {} = load("...")',
+    "data": 'data {} = corpus("python-stdlib")',
+    "report": "{} = analyze.batch_isolation(MODEL)",
+}
 
 
 @dataclass(slots=True)

@@ -102,6 +102,7 @@ def why_miss(
     import torch
 
     from effc.runtime.bind import method_of
+    from effc.runtime.reports import kept_report
     from effc.runtime.run import Run, deterministic
     from effc.runtime.tiny import shrink
 
@@ -131,10 +132,9 @@ def why_miss(
             key, parts = run.key(binding, method_of(binding.call), data)
             if (result := store.get(key)) is not None:
                 run.models[binding.name], run.fingerprints[binding.name] = result.model, result.fingerprint
-            differs = [] if result else _nearest(store, recipe.name, binding.name, parts)
-            rows.append(
-                {"stage": binding.name, "hit": bool(result), "key": key, "because": None, "differs": differs}
-            )
+            hit = result is not None or kept_report(store, key) is not None
+            differs = [] if hit else _nearest(store, recipe.name, binding.name, parts)
+            rows.append({"stage": binding.name, "hit": hit, "key": key, "because": None, "differs": differs})
     return [row for row in rows if stage in (None, row["stage"])]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from effc.compiler.around import Around
 from effc.compiler.cost import Cost
+from effc.compiler.findings import Findings
 from effc.compiler.model import Model
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.recipe import Recipe
@@ -71,6 +72,32 @@ class StageRun:
 
 
 @dataclass(frozen=True, slots=True)
+class ReportRun:
+    """What an analysis said of a model."""
+
+    name: str
+    method: str
+    inputs: tuple[str, ...]
+    findings: Findings
+    peak_bytes: int = 0
+    seconds: float = 0.0
+    cached: bool = False
+    key: str = ""
+
+    def as_json(self) -> Record:
+        return {
+            "name": self.name,
+            "method": self.method,
+            "inputs": list(self.inputs),
+            **self.findings.as_json(),
+            "peak_bytes": self.peak_bytes,
+            "seconds": self.seconds,
+            "cached": self.cached,
+            "key": self.key,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class ExpectRun:
     """What came of an `expect`; `holds` is None when it was not judged, and `text` of `words` says why."""
 
@@ -119,6 +146,8 @@ class Compiled:
     recipe: Recipe
     tiny: bool = False
     stages: list[StageRun] = field(default_factory=list)
+    reports: dict[str, ReportRun] = field(default_factory=dict)
+    """What analyses said, by the name of their binding."""
     expects: list[ExpectRun] = field(default_factory=list)
     exports: list[ExportRun] = field(default_factory=list)
     models: dict[str, Model] = field(default_factory=dict)
@@ -149,6 +178,7 @@ class Compiled:
             "params": {name: value for name, value in self.recipe.params.items() if _is_plain(value)},
             "tiny": self.tiny,
             "stages": [stage.as_json() for stage in self.stages],
+            "reports": [report.as_json() for report in self.reports.values()],
             "around": [row.as_json() for row in self.around],
             "expects": [expect.as_json() for expect in self.expects],
             "exports": [export.as_json() for export in self.exports],

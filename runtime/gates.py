@@ -31,15 +31,17 @@ class Gates:
         self,
         recipe: Recipe,
         models: Mapping[str, Model],
+        reports: Mapping[str, object],
         measure: Callable[[Metric], float],
         tell: Callable[..., None],
         tiny: bool,
         story: Callable[[str, list[ExpectRun]], Story],
     ) -> None:
-        """`models` grows as stages finish; `tell(what, name, text)` reports; `story(model, expects)` is what
-        an artefact tells about itself."""
+        """`models` and `reports` grow as stages finish; `tell(what, name, text)` reports; `story(model, expects)`
+        is what an artefact tells about itself."""
         self.story = story
         self.recipe, self.models, self.measure, self.tell, self.tiny = recipe, models, measure, tell, tiny
+        self.reports = reports
         self.clock = Clock()
         """What exports take; the run gives its own."""
         self.problems: list[Diagnostic] = []
@@ -59,7 +61,8 @@ class Gates:
     def judge(self) -> None:
         """Judge every `expect` that has become possible."""
         for number, expect in enumerate(self.recipe.expects):
-            if number not in self._judged and all(m.model in self.models for m in expect.metrics()):
+            known = {*self.models, *self.reports}
+            if number not in self._judged and all(m.model in known for m in expect.metrics()):
                 with placed(expect.span):
                     self._judged[number] = self._verdict(expect)
 
@@ -104,9 +107,14 @@ class Gates:
         return ExpectRun(expect.text, found.holds, found.left, found.right, found.text)
 
     def _about(self, expect: Expect) -> set[str]:
-        names = {metric.model for metric in expect.metrics()}
+        names = {name for metric in expect.metrics() for name in self._speaks_of(metric.model)}
         older = {other for name in names for other in self.recipe.ancestors(name)}
         return names - older
+
+    def _speaks_of(self, name: str) -> list[str]:
+        """The model itself; of a report, the models that it is about."""
+        binding = self.recipe.stage(name)
+        return [ref.name for ref in binding.call.models] if binding.value == "report" else [name]
 
     def _open(self, models: set[str]) -> bool:
         """Whether an `expect` about one of these models is still to be judged."""

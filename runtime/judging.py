@@ -21,6 +21,7 @@ from effc.compiler.model import Model
 from effc.compiler.plan import promise
 from effc.compiler.probe import probe
 from effc.runtime.closure import fingerprint
+from effc.runtime.compiled import ReportRun
 from effc.runtime.evaluate import loss
 from effc.runtime.heap import returning
 from effc.runtime.key import numeric_class
@@ -40,7 +41,9 @@ class Judging:
         models: Mapping[str, Model],
         fingerprints: Mapping[str, str],
         device: torch.device,
+        reports: Mapping[str, ReportRun],
     ) -> None:
+        self.reports = reports
         self.opening, self.models, self.fingerprints, self.device = opening, models, fingerprints, device
         self._memory = memory_bytes()
 
@@ -50,6 +53,8 @@ class Judging:
         Raises:
             EffcError: E351 for the latency of a model that memory cannot hold, and as `measure` does.
         """
+        if metric.metric == "findings":
+            return float(len(self.reports[metric.model].findings.findings))
         model = self.models[metric.model]
         if metric.metric == "latency":
             self._hold(metric.model)

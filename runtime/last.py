@@ -15,7 +15,8 @@ def bundled(recipe: Recipe, name: str, model: Model) -> Mapping[str, str] | None
     None where a later binding takes the model, since then it shares tensors with that one's result, and where
     no export of it holds the weights unchanged.
     """
-    if any(ref.name == name for binding in recipe.bindings for ref in recipe.inputs_of(binding)):
+    stages = [binding for binding in recipe.bindings if binding.value != "report"]
+    if any(ref.name == name for binding in stages for ref in recipe.inputs_of(binding)):
         return None
     for export in recipe.exports:
         if export.model == name and (names := spec_of("export", export.call).names(model)):

@@ -15,11 +15,13 @@ import torch
 from effc.compiler.adapters import adapted
 from effc.compiler.contract import EXACT_FLOAT32
 from effc.compiler.cost import count
+from effc.compiler.findings import Findings
 from effc.compiler.method import Context, Method
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.compiler.selected import selector_report
-from effc.compiler.shapes import Merge
+from effc.compiler.shapes import Analyze, Merge
+from effc.runtime.analyzing import analyze
 from effc.runtime.artifact import Story
 from effc.runtime.bind import method_of
 from effc.runtime.compiled import Compiled, ExpectRun, ReportRun, StageRun
@@ -31,6 +33,7 @@ from effc.runtime.last import bundled
 from effc.runtime.opening import Opening, placed
 from effc.runtime.peak import Peak
 from effc.runtime.progress import Event, Observer
+from effc.runtime.reports import keep_report, kept_report
 from effc.runtime.stage import run_stage, shape_of
 from effc.runtime.stopping import Stopping
 from effc.runtime.store import Result, Store
@@ -75,10 +78,12 @@ class Run:
         self.observers = observers
         self.opening = Opening(recipe, store, tiny)
         self.compiled = Compiled(recipe, tiny)
-        self.models = self.compiled.models
+        self.models, self.reports = self.compiled.models, self.compiled.reports
         self.fingerprints: dict[str, str] = {}
-        self.judging = Judging(self.opening, self.models, self.fingerprints, device)
-        self.gates = Gates(recipe, self.models, self.judging.metric, self._tell, tiny, self._story)
+        self.judging = Judging(self.opening, self.models, self.fingerprints, device, self.reports)
+        self.gates = Gates(
+            recipe, self.models, self.reports, self.judging.metric, self._tell, tiny, self._story
+        )
         self.gates.clock = self.opening.clock
 
     def all(self) -> Compiled:
@@ -91,7 +96,10 @@ class Run:
             if self.gates.cancels(binding):
                 continue
             with placed(binding.call.span or binding.span, binding.call):
-                self.compiled.stages.append(self.binding(binding))
+                if binding.value == "report":
+                    self.reports[binding.name] = self.report(binding)
+                else:
+                    self.compiled.stages.append(self.binding(binding))
             self.gates.judge()
             self.gates.export()
         self.compiled.expects, self.compiled.exports = self.gates.close()
@@ -124,6 +132,27 @@ class Run:
             self._tell("cached", binding.name)
         self.models[binding.name], self.fingerprints[binding.name] = result.model, result.fingerprint
         return self._described(binding, method, result, cached, data)
+
+    def report(self, binding: Binding) -> ReportRun:
+        """Run an analysis, or take what it said before."""
+        method = method_of(binding.call)
+        assert isinstance(method, Analyze)
+        name, first = binding.name, self.models[binding.call.models[0].name]
+        key, parts = self.key(binding, method, {})
+        cached = (said := kept_report(self.store, key)) is not None
+        if said is None:
+            with self.store.writing(key, lambda who: self._tell("waiting", name, who), self.stop):
+                self._tell("start", name, method.kind)
+                found = analyze(method, first, Context(seed=seed_for(_seed(binding), method.kind)))
+                about = {"recipe": self.recipe.name, "stage": name, "method": method.kind, "parts": parts}
+                said = {**found.findings.as_json(), "peak_bytes": found.peak_bytes, "seconds": found.seconds}
+                keep_report(self.store, key, said, about)
+            self._tell("done", name, seconds=found.seconds)
+        else:
+            self._tell("cached", name)
+        inputs = tuple(ref.name for ref in binding.call.models)
+        peak, seconds = int(said["peak_bytes"]), float(said["seconds"])
+        return ReportRun(name, method.kind, inputs, Findings.from_json(said), peak, seconds, cached, key)
 
     def key(self, binding: Binding, method: Method, data: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         """The key of a stage whose inputs exist, and its parts."""

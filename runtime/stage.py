@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from effc.compiler.method import Context, Method, Outcome
 from effc.compiler.model import Model
-from effc.compiler.shapes import Calibrate, Merge, Rewrite, Train
+from effc.compiler.shapes import Analyze, Calibrate, Merge, Rewrite, Train
 from effc.runtime.peak import Peak
 from effc.specs.diagnostic import EffcError
 
-SHAPES: tuple[type[Method], ...] = (Rewrite, Calibrate, Train, Merge)
+SHAPES: tuple[type[Method], ...] = (Rewrite, Calibrate, Train, Merge, Analyze)
 
 
 def shape_of(method: Method) -> str:

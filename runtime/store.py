@@ -78,7 +78,9 @@ class Store:
     def get(self, key: str) -> Result | None:
         """The result under a key; None when there is none or part of it is missing or damaged."""
         record = self.record(key)
-        if record is None or not all(self.objects.whole(*entry) for entry in _objects_of(record)):
+        if record is None or "graph" not in record:
+            return None
+        if not all(self.objects.whole(*entry) for entry in _objects_of(record)):
             return None
         if (bundle := record.get("bundle")) and not self.bundles.whole(bundle):
             return None
@@ -128,11 +130,15 @@ class Store:
             "about": dict(about),
         }
         record["fingerprint"] = _content(record)
-        record["digest"] = _digest(record)
-        durable.publish_json(self._result(key), record, self.aside)
+        self.keep(key, record)
         found = self.get(key)
         assert found is not None, "what was just published can be read"
         return found
+
+    def keep(self, key: str, record: dict[str, Any]) -> None:
+        """Publish a manifest, by one rename."""
+        record["digest"] = _digest(record)
+        durable.publish_json(self._result(key), record, self.aside)
 
     def record(self, key: str) -> dict[str, Any] | None:
         """The manifest of a result; None when there is none or it was changed on disk."""

@@ -27,6 +27,11 @@ def _lines(record: Record) -> Iterator[str]:
     if stages:
         yield from table([_HEAD, *_rows(stages, record.get("plan"))], left=3)
     yield ""
+    for report in record.get("reports", ()):
+        about = f"{report['method']} of {', '.join(report['inputs'])}"
+        yield f"{'says' if report['holds'] else 'FINDS':<7}{report['name']} ({about}): {report['words']}"
+        for finding in report["findings"]:
+            yield f"{'':<7}{finding['where']}: {finding['what']}; {finding['repair']}"
     for expect in record["expects"]:
         mark = {True: "holds", False: "FAILS", None: "-"}[expect["holds"]]
         yield f"{mark:<7}{expect.get('words') or expect['text']}"

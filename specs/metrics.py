@@ -35,5 +35,8 @@ MEASURES: Mapping[str, Measure] = {
         "points",
         "small.acc(quiz) >= base.acc(quiz) - 1 point",
     ),
+    "findings": Measure(
+        "what an analysis found against its model", "nothing", "count", "isolated.findings <= 0"
+    ),
     "latency": Measure("seconds to decode one token", "nothing", "seconds", "small.latency <= 20 ms"),
 }
