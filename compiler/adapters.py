@@ -64,9 +64,8 @@ def adapters_of(models: Sequence[Model], shares: Sequence[float]) -> Adapters:
     """The adapters that count; a model without one at a path adds nothing there."""
     found: Adapters = {}
     for model, share in zip(models, shares, strict=True):
-        for path in adapted(model):
-            unit: LoraLinear = model.module(path)
-            if share * unit.factor:
+        for path, unit in model.units():
+            if isinstance(unit, LoraLinear) and share * unit.factor:
                 found.setdefault(path, []).append((share * unit.factor, unit))
     return found
 
