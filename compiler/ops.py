@@ -229,6 +229,11 @@ def combine(y: Tensor, weights: Tensor) -> Tensor:
 
 
 @_op()
+def sigmoid(x: Tensor) -> Tensor:
+    return torch.sigmoid(x)
+
+
+@_op()
 def standardize(x: Tensor) -> Tensor:
     """x [N, d] -> mean 0 and deviation 1 over d"""
     return F.layer_norm(x, (x.shape[-1],))

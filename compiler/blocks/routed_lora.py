@@ -57,7 +57,7 @@ class GatedLora(Unit):
     def expand(self, ops: Ops, x: Value) -> Value:
         a, b, v = (ops("cast_like", ops.weight(name), x) for name in ("a", "b", "gate"))
         low = ops("scale", ops("linear", x, a, None), factor=self.scale)
-        share = ops("activate", ops("linear", x, v, None), form="sigmoid")
+        share = ops("sigmoid", ops("linear", x, v, None))
         return ops("add", ops.inline("base", self.base, x), ops("gate", ops("linear", low, b, None), share))
 
     def forward(self, x: Tensor) -> Tensor:
