@@ -2,6 +2,9 @@
 
 With p the weights, o = p v: dv = p^T do, dp = do v^T, ds = p (dp - delta), delta = sum of do o over a head,
 dq = scale ds k, dk = scale ds^T q. Each sum belongs to one program and has one order.
+
+The first of them looks at every pair, as copies of its loop for masked and other steps do not fit the
+registers beside dk and dv.
 """
 
 from __future__ import annotations
@@ -36,12 +39,8 @@ def _keys(spec: AttentionGpuSpec) -> str:
     call = "dout, q, lse, delta, ks, vs, m, rn, end, head, T, dks, dvs"
     low = f"begin + (first - begin) // {bm} * {bm}" if spec.causal else "begin"
     high = "end" if spec.window is None else f"tl.minimum(end, first + {bn + spec.window - 1})"
-    some = f"begin + (first + {bn - 1} - begin + {bm - 1}) // {bm} * {bm}" if spec.causal else "begin"
-    most = f"begin + (end - begin) // {bm} * {bm}"
-    if spec.window is not None:
-        most = f"begin + tl.maximum(tl.minimum(end, first + {spec.window}) - begin, 0) // {bm} * {bm}"
     return f'''@triton.jit
-def keys_step(dout, q, lse, delta, ks, vs, m, rn, end, head, T, dks, dvs, MASK: tl.constexpr):
+def keys_step(dout, q, lse, delta, ks, vs, m, rn, end, head, T, dks, dvs):
     """queries m to m + {bm} of one head: dk (without scale) and dv go on"""
     rm = m + tl.arange(0, {bm})
     d = tl.arange(0, {d})
@@ -52,8 +51,7 @@ def keys_step(dout, q, lse, delta, ks, vs, m, rn, end, head, T, dks, dvs, MASK: 
     sums = tl.load(lse + head * T + rm, mask=live, other=0.0)
     less = tl.load(delta + head * T + rm, mask=live, other=0.0)
     p = tl.exp2(tl.dot(ks, tl.trans(qs)) * {spec.scale * math.log2(math.e)!r} - sums[None, :])
-    if MASK:
-        p = tl.where(seen(rm[None, :], rn[:, None], end), p, 0.0)
+    p = tl.where(seen(rm[None, :], rn[:, None], end), p, 0.0)
     dvs = tl.dot(p.to(tl.bfloat16), gs, dvs)
     ds = p * (tl.dot(vs, tl.trans(gs)) - less[None, :])
     dks = tl.dot(ds.to(tl.bfloat16), qs, dks)
@@ -76,15 +74,9 @@ def keys_kernel(dout, q, k, v, lse, delta, tiles, dk, dv, T):
         dvs = tl.zeros(({bn}, {d}), tl.float32)
         low = {low}
         high = {high}
-        some = tl.minimum({some}, high)
-        most = tl.maximum({most}, some)
         for head in range(kv * {spec.group}, (kv + 1) * {spec.group}):
-            for m in range(low, some, {bm}):
-                dks, dvs = keys_step({call}, MASK=True)
-            for m in range(some, most, {bm}):
-                dks, dvs = keys_step({call}, MASK=False)
-            for m in range(most, high, {bm}):
-                dks, dvs = keys_step({call}, MASK=True)
+            for m in range(low, high, {bm}):
+                dks, dvs = keys_step({call})
         tl.store(dk + here, (dks * {spec.scale!r}).to(dk.dtype.element_ty), mask=inside)
         tl.store(dv + here, dvs.to(dv.dtype.element_ty), mask=inside)
 '''

@@ -1,8 +1,8 @@
 """attention in Triton: forward with a running softmax, backward in two kernels that add nothing atomically.
 
-Keys that all queries of a program see are taken without a mask; only the steps at the edges (the diagonal,
-the far end of a window, the end of a sequence) look at each pair. Scores stay in base 2, so that a weight is
-one instruction.
+Forward and for dq, keys that all queries of a program see are taken without a mask; only the steps at the
+edges (the diagonal, the far end of a window, the end of a sequence) look at each pair. Scores stay in base 2,
+so that a weight is one instruction.
 """
 
 from __future__ import annotations
