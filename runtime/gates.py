@@ -37,8 +37,8 @@ class Gates:
         tiny: bool,
         story: Callable[[str, list[ExpectRun]], Story],
     ) -> None:
-        """`models` and `reports` grow as stages finish; `tell(what, name, text)` reports; `story(model, expects)`
-        is what an artefact tells about itself."""
+        """`models` and `reports` grow as stages finish; `tell(what, name, text)` reports; `story(model,
+        expects)` is what an artefact tells about itself."""
         self.story = story
         self.recipe, self.models, self.measure, self.tell, self.tiny = recipe, models, measure, tell, tiny
         self.reports = reports

@@ -50,7 +50,9 @@ class Egraph(Selects, Rewrite):
     paper = Paper(
         "High-performance symbolic-numerics via multiple dispatch", arxiv="2105.03949", year=2021, section="3"
     )
-    contract = Contract(EXACT, keeps=tuple(map(Fact, ("tied", "packed", "unit_gain"))))
+    contract = Contract(
+        EXACT, breaks=(Fact("adapter"),), keeps=tuple(map(Fact, ("tied", "packed", "unit_gain")))
+    )
     examples = (
         "reparam.egraph()",
         "reparam.egraph(rules = [fold, assoc], cost = flops)",
