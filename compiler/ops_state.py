@@ -120,11 +120,6 @@ def both(a: Any, b: Any) -> tuple[Any, Any]:
 
 
 @_op()
-def sigmoid(x: Tensor) -> Tensor:
-    return torch.sigmoid(x)
-
-
-@_op()
 def repeat(x: Tensor, *, times: int) -> Tensor:
     """x [..., H] -> [..., H times]: each number so often, neighbors"""
     return x.repeat_interleave(times, -1)
@@ -208,3 +203,36 @@ def recur(
     how = {"jac": jac, "iters": iters, "omega": omega, "tol": tol}
     states = _newton.solve(cell, u, a, start, keep, step.fresh(), **how)
     return states[:, :, -1].to(first.dtype), states[:, -1]
+
+
+@_op(gives=2)
+def first_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, 1 + P, d] -> the first token [B, 1, d], the others [B, P, d]"""
+    return x[:, :1], x[:, 1:]
+
+
+@_op()
+def behind(first: Tensor, rest: Tensor) -> Tensor:
+    """[B, 1, d] and [B, P, d] -> [B, 1 + P, d]"""
+    return torch.cat((first, rest), 1)
+
+
+@_op()
+def depthwise(x: Tensor, w: Tensor, b: Tensor, *, side: int) -> Tensor:
+    """x [B, side side, d] as an image, each channel through its own w [d, 1, k, k], zeros around it"""
+    image = x.transpose(1, 2).unflatten(2, (side, side))
+    y = F.conv2d(image, w, b, padding=w.shape[-1] // 2, groups=w.shape[0])
+    return y.flatten(2).transpose(1, 2)
+
+
+@_op()
+def backwards(x: Tensor) -> Tensor:
+    """x [B, H, T, K], the last token first"""
+    return x.flip(2)
+
+
+@_op(gives=2)
+def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, 2 H, T, K] -> the first H heads, the last"""
+    a, b = x.chunk(2, 1)
+    return a, b

@@ -52,7 +52,7 @@ _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 _LAST = {"position": "embedding.position", "token_type": "embedding.type", "cls": "embedding.class"}
 _LAST |= dict.fromkeys(("attention_scale", "mlp_scale", "moe_scale"), "scale")
 _LAST |= dict.fromkeys(("fast_in", "fast_gate", "fast_out", "q_affine", "k_affine"), "fast")
-_LAST |= dict.fromkeys(("peep", *(f"gate_{name}" for name in "zrcfu")), "cell")
+_LAST |= dict.fromkeys(("peep", "local", *(f"gate_{name}" for name in "zrcfu")), "cell")
 
 
 @dataclass(frozen=True, slots=True, order=True)

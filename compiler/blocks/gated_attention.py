@@ -14,7 +14,7 @@ from torch import Tensor
 
 from effc.compiler.blocks.attention import Attention
 from effc.compiler.blocks.linear import Linear
-from effc.compiler.ops_state import repeat, sigmoid
+from effc.compiler.ops_state import repeat
 from effc.compiler.step import Step
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class GatedAttention(Attention):
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         y = self.mixed(x, step)
-        g = sigmoid(self.gate(x))
+        g = torch.sigmoid(self.gate(x))
         if self.position == "after_o":
             return torch.mul(self.o(y), g)
         out: Tensor = self.o(y * (repeat(g, times=self.head_dim) if self.kind == "head" else g))
