@@ -190,11 +190,12 @@ class _Blocks(_Run):
 
     def _run(self, x: Tensor, step: Step) -> Tensor:
         values: dict[fx.Node, Any] = {}
+        out = x
         for node in self.model.gm.graph.nodes:
             if node.op == "placeholder":
                 values[node] = step if node.name == "step" else x
             elif node.op == "output":
-                out: Tensor = values[node.args[0]]
+                out = values[node.args[0]]
             else:
                 args: Any = map_arg(node.args, lambda n: values[n])
                 self.flow.node = str(node.target) if node.op == "call_module" else node.name

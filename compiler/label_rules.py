@@ -95,12 +95,17 @@ def _create(flow: Flow, call: Call, given: Given, name: str) -> None:
 
 
 def _point(flow: Flow, call: Call, given: Given, name: str) -> None:
-    """The union of all operands, broadcast."""
+    """The union of all operands, broadcast; a result of another shape may hold any of it."""
     (first, *_) = call.results()
     labels = torch.zeros(first.shape, dtype=torch.int64)
     for one in given:
         labels = labels | one
-    settle(flow, call, given, [labels.expand(r.shape) for r in call.results()], "point")
+    alike = [r.shape == first.shape for r in call.results()]
+    made = [
+        labels if same else everything(given).expand(r.shape)
+        for r, same in zip(call.results(), alike, strict=True)
+    ]
+    settle(flow, call, given, made, "point")
 
 
 def _move(flow: Flow, call: Call, given: Given, name: str) -> None:
@@ -134,10 +139,11 @@ def _index(flow: Flow, call: Call, given: Given, name: str) -> None:
         _decide(flow, call, given, name)
         return
     (result,) = call.results()
+    args: Any = call.args
     if name == "embedding":
         labels = union(source, None) | extra[0].unsqueeze(-1)
     elif name in ("gather", "take_along_dim"):
-        axis = call.args[1] if name == "gather" else call.args[2]
+        axis = args[1] if name == "gather" else args[2]
         labels = (
             union(source, [axis]).expand(result.shape)
             if _alike(source, result, axis)
