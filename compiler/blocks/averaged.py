@@ -46,7 +46,7 @@ class Averaged(Unit):
         self.n_experts = experts
         self.beta = beta
         self.ramp = ramp
-        self.activation = activation
+        self.activation: Activation = activation
         self.gated = gated
         self.dtype = dtype
         self.experts = Experts(

@@ -74,7 +74,7 @@ class Carved(Unit):
         self.n_shared = shared
         self.n_experts = experts
         self.own = own
-        self.activation = activation
+        self.activation: Activation = activation
         self.gated = gated
         self.dtype = dtype
         if shared:

@@ -48,7 +48,7 @@ class MLP(Unit):
         super().__init__()
         self.width = width
         self.hidden = hidden
-        self.activation = activation
+        self.activation: Activation = activation
         self.gated = gated
         self.bias = bias
         self.dtype = dtype

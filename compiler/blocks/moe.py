@@ -38,7 +38,7 @@ class Experts(Unit):
         self.width = width
         self.hidden = hidden
         self.experts = experts
-        self.activation = activation
+        self.activation: Activation = activation
         self.gated = gated
         self.dtype = dtype
         if gated:
@@ -109,11 +109,11 @@ class MoE(Unit):
         self.hidden = hidden
         self.n_experts = experts
         self.active = active
-        self.activation = activation
+        self.activation: Activation = activation
         self.gated = gated
         self.renormalize = renormalize
         self.balance = balance
-        self.scope = scope
+        self.scope: Scope = scope
         self.pooled = pooled
         self.capacity = capacity
         self.jitter = jitter

@@ -72,10 +72,10 @@ class Tempered(Unit):
         self.start = start
         self.tau = tau
         self.least = least
-        self.activation = activation
+        self.activation: Activation = activation
         self.gated = gated
         self.balance = balance
-        self.scope = scope
+        self.scope: Scope = scope
         self.pooled = pooled
         self.dtype = dtype
         self.progress = 0.0

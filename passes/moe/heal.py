@@ -101,12 +101,13 @@ class Heal(Train):
     def targets(self, student: Model, dense: Model, batch: Batch) -> list[Tensor]:
         """For each carved block s [N, E], from what fires in the dense model."""
         fired: dict[str, Tensor] = {}
-        handles = [
-            dense.module(_down(path)).register_forward_pre_hook(
-                lambda _, args, path=path: fired.__setitem__(path, args[0].flatten(0, -2))
+
+        def see(path: str) -> torch.utils.hooks.RemovableHandle:
+            return dense.module(_down(path)).register_forward_pre_hook(
+                lambda _, args: fired.__setitem__(path, args[0].flatten(0, -2))
             )
-            for path in _carved(student)
-        ]
+
+        handles = [see(path) for path in _carved(student)]
         try:
             dense(batch.ids, step=batch.step)
         finally:
