@@ -68,6 +68,7 @@ CODES: Mapping[str, str] = {
     "E332": "Layers that are to share or exchange weights differ in structure.",
     "E340": "The rank asked for is not one that a selected weight can have, or it saves nothing.",
     "E341": "A selected weight is shared with another module, which the method cannot keep.",
+    "W320": "A method leaves a selected layer as it is, since there is nothing it could do there.",
     "E350": "A target file does not describe a machine.",
     "E351": "A stage or a measurement needs more memory than the machine has.",
     "E352": "The results of a recipe need more disk than is free.",
