@@ -146,7 +146,9 @@ class _Implicit(torch.autograd.Function):
         return y.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None]:
         (jac,) = ctx.saved_tensors
         turned = jac.transpose(2, 3).flip(1)
         behind = torch.cat((torch.zeros_like(turned[:, :1]), turned[:, :-1]), 1)

@@ -84,7 +84,7 @@ class LactAttention(Attention):
         self.fast_heads = fast_heads
         self.inner = inner
         self.low_rank = low_rank
-        self.rule = rule
+        self.rule: Rule = rule
         self.lr0 = lr0
         part = whole // fast_heads
         hidden = max(1, int(part * inner))

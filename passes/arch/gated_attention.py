@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -136,7 +136,7 @@ class GatedAttentionSwap(Selects, Rewrite):
         """The gated block with the attention's own children and an empty gate."""
         floating = (p.dtype for p in old.parameters() if p.is_floating_point())
         dtype = str(next(floating, old.dtype)).removeprefix("torch.")
-        given = {k: v for k, v in old.spec().items() if k != "type"} | {"dtype": dtype}
+        given: dict[str, Any] = {k: v for k, v in old.spec().items() if k != "type"} | {"dtype": dtype}
         new = GatedAttention(**given, kind=self.kind_, position=self.position)
         for name, child in old._modules.items():
             new._modules[name] = child

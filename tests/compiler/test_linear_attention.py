@@ -12,7 +12,9 @@ from effc.compiler import graph_json
 from effc.compiler.assemble import assemble
 from effc.compiler.blocks import MLP, Attention, Embedding, Linear, Norm, Unit
 from effc.compiler.blocks.gated_linear_attention import GatedLinearAttention
+from effc.compiler.blocks.lact_attention import LactAttention
 from effc.compiler.blocks.liger_attention import LigerAttention
+from effc.compiler.blocks.para_rnn import ParaRNN
 from effc.compiler.cost import cache_bytes, count
 from effc.compiler.model import Model
 from effc.compiler.op_graph import evaluate, expand
@@ -24,6 +26,7 @@ from .conftest import ROPE, D, V, fill
 
 OWN = {"width": D, "heads": 4, "key_dim": 4, "value_dim": 8, "gate_rank": 3, "chunk": 8, "sub": 4}
 GIVEN = {"width": D, "heads": 4, "kv_heads": 2, "head_dim": 8, "rope": ROPE, "chunk": 8, "sub": 4}
+LEARNS = {k: v for k, v in GIVEN.items() if k != "sub"} | {"window": 6, "chunk": 5, "fast_heads": 2}
 MAKES: dict[str, tuple[type[Unit], dict[str, Any]]] = {
     "own": (GatedLinearAttention, OWN),
     "own, scalar": (GatedLinearAttention, OWN | {"gating": "scalar", "out_gate": "none"}),
@@ -33,6 +36,10 @@ MAKES: dict[str, tuple[type[Unit], dict[str, Any]]] = {
     "hgrn2, window": (LigerAttention, GIVEN | {"window": 5, "form": "hgrn2"}),
     "gsa": (LigerAttention, GIVEN | {"window": 0, "form": "gsa"}),
     "gsa, window": (LigerAttention, GIVEN | {"window": 5, "form": "gsa", "slots": 4}),
+    "lact": (LactAttention, LEARNS | {"rule": "momentum", "low_rank": 2}),
+    "lact, sgd": (LactAttention, LEARNS | {"rule": "sgd", "inner": 0.5}),
+    "gru": (ParaRNN, {"width": D, "iters": 12, "tol": 1e-11}),
+    "lstm": (ParaRNN, {"width": D, "cell": "lstm_cifg", "jac": "block2", "iters": 12, "tol": 1e-11}),
     "window alone": (LigerAttention, GIVEN | {"window": 5, "mix": 1.0}),
 }
 
