@@ -155,7 +155,7 @@ def _fields_exist(vertices: Sequence[Vertex], wanted: Pattern) -> None:
 
 def _known() -> set[str]:
     """Fields that some block or op has, whether or not this model has any."""
-    found = set(GENERAL)
+    found: set[str] = set(GENERAL)
     for kind in OPS.values():
         found |= kind.attributes
     for unit in REGISTRY.values():

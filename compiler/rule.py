@@ -56,13 +56,14 @@ class Rule:
             Failed: the function raised something, at a hit.
         """
         applied: list[Hit] = []
-        holding = find(rw.model, self.pattern)
-        edits = len(rw.log)
+        holding, seen = find(rw.model, self.pattern), len(rw.log)
         for hit in list(holding):
-            if len(rw.log) > edits:
-                holding, edits = find(rw.model, self.pattern), len(rw.log)
-            if hit not in holding:
+            since = rw.log[seen:]
+            if any(edit.verb != "write" for edit in since) or (since and self._reads_dtype):
+                holding, seen = find(rw.model, self.pattern), len(rw.log)
+            if hit not in holding or not self._judged(rw, hit, seen):
                 continue
+            edits = len(rw.log)
             try:
                 self.edits(rw, hit)
             except Exception as problem:
@@ -70,6 +71,16 @@ class Rule:
             if len(rw.log) > edits:
                 applied.append(hit)
         return applied
+
+    @property
+    def _reads_dtype(self) -> bool:
+        """Whether writing a tensor, which keeps all shapes, may change where the pattern holds."""
+        return any(c.field == "dtype" for element in self.pattern.elements for c in element.conditions)
+
+    def _judged(self, rw: Rewriter, hit: Hit, seen: int) -> bool:
+        """Whether the pattern's function still says yes, where tensors were written since it was asked."""
+        where = self.pattern.where
+        return where is None or len(rw.log) == seen or where(rw.model, hit)
 
 
 def rule(name: str, pattern: str | Pattern, contract: Fidelity | Contract = EXACT) -> Callable[[Edits], Rule]:

@@ -6,13 +6,16 @@ import inspect
 import math
 import types
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from effc.compiler.cost import Cost
+from effc.specs import plugins
 
 if TYPE_CHECKING:
     from effc.compiler.op_graph import Ops, Value
@@ -64,6 +67,12 @@ class Unit(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        known = REGISTRY.get(cls.__name__)
+        if known is not None and (giver := _giver(known)) is not None and giver != _giver(cls):
+            raise TypeError(
+                f"{cls.__module__}.{cls.__name__} has the name of a block of {giver}; "
+                "a saved model names blocks by their class, so give it another"
+            )
         REGISTRY[cls.__name__] = cls
 
     def spec(self) -> dict[str, Any]:
@@ -77,7 +86,8 @@ class Unit(nn.Module):
         Raises:
             ValueError: the type is not registered or an argument is missing, unknown or of another type.
         """
-        cls = REGISTRY.get(str(spec.get("type")))
+        name = str(spec.get("type"))
+        cls = REGISTRY.get(name) or _of_a_package(name)
         if cls is None or cls is Unit:
             raise ValueError(f"there is no unit of type {spec.get('type')!r}")
         wanted = arguments(cls)
@@ -145,6 +155,20 @@ class Unit(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v}" for k, v in self.spec().items() if k != "type")
+
+
+def _giver(cls: type[Unit]) -> str | None:
+    """Who gives a block: effc, or a package of methods; None for code of neither, as in a notebook."""
+    package = plugins.package_of(cls.__module__)
+    return "effc" if cls.__module__.startswith("effc.") else str(package) if package else None
+
+
+def _of_a_package(name: str) -> type[Unit] | None:
+    """A block that an installed package of methods defines, once its methods are imported."""
+    for method in plugins.methods():
+        with suppress(Exception):  # `effc methods` tells what does not import
+            import_module(method.module)
+    return REGISTRY.get(name)
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,6 +184,63 @@ def test_it_keeps_the_common_contract(install: Make) -> None:
     assert len(done) == 4 + 2 * 11
 
 
+OWN_BLOCK = '''"""Put a linear of its own kind in place of every down projection."""
+from effc import EXACT, Ruled, rule
+from effc.compiler.blocks import Linear
+from effc.compiler.contract import Contract, Fact
+from effc.specs.paper import FOLKLORE
+
+
+class {name}_Twin(Linear):
+    """The same linear by another name."""
+
+
+@rule("twin", "m: mlp")
+def twin(rw, hit):
+    path = f"{{hit['m']}}.down"
+    old = rw.module(path)
+    new = {name}_Twin(**{{k: v for k, v in old.spec().items() if k != "type"}})
+    new.weight, new.bias = old.weight, old.bias
+    rw.swap(path, new)
+
+
+class Twins(Ruled):
+    """Swap the down projections for twins.
+
+    Use when: a test needs a block of its own.
+    Costs:    nothing.
+    """
+
+    paper = FOLKLORE
+    contract = Contract(EXACT, keeps=(Fact("tied"),))
+    examples = ("{family}.{name}()",)
+    rules = (twin,)
+'''
+
+
+def test_a_block_of_its_own_is_saved_and_found_again(
+    install: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(kind="fold.twins", text=OWN_BLOCK)
+    monkeypatch.setenv("PYTHONPATH", str(Path("site").resolve()))
+    path = recipe("fold.twins")
+    assert main(["compile", path, "--tiny"]) == 0, capsys.readouterr().err
+    check_method(passes.resolve("fold.twins"))
+    place = next(Path(".").rglob("even.effc"))
+    code = f"import effc; m = effc.load({str(place)!r}); print(type(m.module('layers.0.mlp.down')).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "twins_Twin"
+
+
+def test_a_block_may_not_have_the_name_of_another(install: Make) -> None:
+    install(text=OWN_BLOCK.replace("{name}_Twin", "QuantLinear"))
+    with pytest.raises(EffcError, match=r"has the name of a block of effc; a saved model names blocks"):
+        passes.resolve("fold.balance")
+    from effc.compiler.blocks.unit import REGISTRY
+
+    assert REGISTRY["QuantLinear"].__module__ == "effc.compiler.blocks.quant_linear"
+
+
 def test_a_name_of_effcs_own_is_given_to_nobody(install: Make, capsys: pytest.CaptureFixture[str]) -> None:
     install(kind="quantize.rtn")
     path = recipe("quantize.rtn")
@@ -241,8 +299,6 @@ def test_a_line_that_names_no_package_is_shown_as_broken(
 
 
 def test_finding_packages_imports_neither_them_nor_torch(install: Make) -> None:
-    import subprocess
-
     install()
     code = (
         f"import sys; sys.path.insert(0, {str(Path('site').resolve())!r}); "
