@@ -24,9 +24,7 @@ def _lines(record: Record) -> Iterator[str]:
     total = _total(stages, reports, beside)
     yield f"plan of {record['recipe']}" + (f": {record['title']}" if record["title"] else "")
     yield ""
-    yield from table(
-        [_HEAD, *map(_row, stages), *map(_said, reports), *map(_beside, beside), total], left=2
-    )
+    yield from table([_HEAD, *map(_row, stages), *map(_said, reports), *map(_beside, beside), total], left=2)
     for stage in stages:
         if stage["selected"]:
             yield ""
@@ -81,9 +79,7 @@ def _beside(row: Record) -> tuple[str, ...]:
     return (row["name"], row["what"], "", "", "", "", "", "", fmt_seconds(row["seconds"]))
 
 
-def _total(
-    stages: Sequence[Record], reports: Sequence[Record], beside: Sequence[Record]
-) -> tuple[str, ...]:
+def _total(stages: Sequence[Record], reports: Sequence[Record], beside: Sequence[Record]) -> tuple[str, ...]:
     disk = sum(s["disk_bytes"] for s in stages)
     seconds = sum(s["seconds"] for s in (*stages, *reports, *beside))
     peak = max((s["peak_bytes"] for s in (*stages, *reports)), default=0)

@@ -33,7 +33,6 @@ def test_each_kind_of_stage_and_export_has_a_recipe() -> None:
         "reparam.batchformer",
         "arch.batch_channel_norm",
         "linearize.vig",  # of images
-        "linearize.vig",  # of images
         "arch.layer_norm",  # of batch and layer norms, which no model that recipes load has
     }
     assert {kind for kind in exports if f" {kind}(" not in words} == set()

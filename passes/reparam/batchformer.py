@@ -98,8 +98,8 @@ class Batchformer(Rewrite):
 
     def rewrite(self, rw: Rewriter) -> None:
         if self.mode == "remove":
-            for path in self.mixers(rw.model):
-                rw.remove(path)
+            for mixer in self.mixers(rw.model):
+                rw.remove(mixer)
             return
         path = self.classifier(rw.model)
         assert path is not None

@@ -9,8 +9,8 @@ import torch
 
 from effc.compiler.blocks import Linear, Norm, Scale
 from effc.compiler.blocks.quant_linear import QuantEmbedding
-from effc.compiler.pattern import pattern
 from effc.compiler.model import Model
+from effc.compiler.pattern import pattern
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.weights import resident
 from effc.specs.diagnostic import EffcError
