@@ -221,7 +221,7 @@ def _placed(flow: Flow, call: Call, name: str, target: Tensor) -> Tensor | None:
     """The labels of a write whose places are known; None where values add up there."""
     base = target.clone()
     if name in ("index_put", "_unsafe_index_put"):
-        added = len(call.args) > 3 and bool(call.args[3])
+        added = any(call.args[3:4])
         values = flow.of(call.args[2])
         return None if added else base.index_put(call.args[1], values)
     if name == "scatter" and len(call.args) == 4:

@@ -43,7 +43,9 @@ def with_adapter(model: Model, seed: int, rank: int, alpha: float, paths: tuple[
 def weight(model: Model, path: str) -> torch.Tensor:
     """What stands at a path as one matrix, in float64."""
     unit = model.module(path)
-    return (unit.base.weight + unit.change() if isinstance(unit, LoraLinear) else unit.weight).double()
+    if isinstance(unit, LoraLinear):
+        return (unit.base.get_parameter("weight") + unit.change()).double()
+    return unit.get_parameter("weight").double()
 
 
 PATHS = ("layers.0.attention.q", "layers.1.mlp.down", "layers.1.attention.v")
