@@ -64,11 +64,12 @@ def compile(options: argparse.Namespace) -> int:
 
 
 def _kernels(result: Compiled) -> dict[str, Any]:
-    """Which kernel runs each node of the last model that is exported, or of the last one."""
+    """Which kernel runs each node of the smallest model to be exported that was made, or of the last one."""
     from effc.runtime.kernel_table import kernels_of
 
-    name = result.exports[-1].model if result.exports else result.stages[-1].name
-    smallest = min((e.model for e in result.exports), key=lambda n: result.stage(n).cost.bytes, default=name)
+    made = {stage.name for stage in result.stages}
+    shown = [e.model for e in result.exports if e.model in made] or [result.stages[-1].name]
+    smallest = min(shown, key=lambda name: result.stage(name).cost.bytes)
     return {"model": smallest, **kernels_of(result.models[smallest])}
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from effc.runtime.cli import VERBS, main
 
+from .workplace import RECIPE, Workplace
+
 
 def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
@@ -71,3 +73,20 @@ def test_the_entry_loads_neither_torch_nor_pydantic() -> None:
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "'torch'" not in out
     assert "'pydantic'" not in out
+
+
+def test_a_run_whose_expect_fails_is_told_to_its_end_and_exits_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = Workplace(tmp_path)
+    gate = "expect heal.bytes < 1 kB\nexpect small.bytes < base.bytes"
+    place.write(
+        RECIPE.replace("expect small.bytes < base.bytes", gate) + 'export small as artifact("small.effc")\n'
+    )
+    assert main(["compile", "t.effc", "--store", "store"]) == 3
+    said = capsys.readouterr()
+    assert "heal.bytes < 1 kB" in said.out
+    assert "E605" in said.err
+    assert (tmp_path / "store" / "reports" / "t.html").is_file()
+    assert not (tmp_path / "small.effc").exists(), "what it exports was never made"
