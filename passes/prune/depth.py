@@ -91,6 +91,6 @@ class Depth(Observe):
     def work(self, model: Model, seq: int = 0) -> Work:
         width = int(getattr(model.module("embedding"), "width", 0))
         tokens = self.samples * seq
-        cosines = 160.0 * tokens * width * model.layers  # twenty passes over float64 numbers
+        cosines = 400.0 * tokens * width * model.layers  # fifty passes over float64 numbers, of fresh memory
         flops = float(tokens * count(model, seq // 2).flops_per_token)
         return Work(flops, traffic=cosines, memory=32 * STREAMED * width)
