@@ -45,11 +45,15 @@ def not_dense(kind: str, verb: str, model: Model, paths: Iterable[str]) -> Itera
         types = sorted({type(modules[p]).__name__ for p in other})
         notes = [f"{some(other)}: {', '.join(types)}"]
         advice = f"{verb} before the stage that made them, fold them, or leave them out with `except`"
-        shared = {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}
-        if any(f"{p}.base" in shared for p in other):
+        if any(f"{p}.base" in shared(model) for p in other):
             notes.append("layers share what lies beneath; folding a difference in would end that")
             advice = f"tie with `lora_rank = 0` to {verb} it, or leave these modules out with `except`"
         yield Diagnostic("E323", f"`{kind}` needs dense weights", notes=tuple(notes), help=advice)
+
+
+def shared(model: Model) -> set[str]:
+    """Paths of modules that share a tensor with another."""
+    return {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}
 
 
 def owner_of(model: Model, path: str) -> str:

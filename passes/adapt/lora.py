@@ -23,7 +23,7 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Train
 from effc.compiler.trained import training_work
-from effc.passes._dense import some
+from effc.passes._dense import shared, some
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 from effc.specs.units import Share
@@ -90,14 +90,14 @@ class Lora(Selects, Train):
         found: dict[str, list[str]] = {}
         notes: dict[str, tuple[str, str]] = {}
         high: dict[str, tuple[int, int]] = {}
-        shared = {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}
+        ties = shared(model)
         for path, method in self.targets(model).items():
             module = model.module(path)
             if isinstance(module, LoraLinear):
                 problem = ("has an adapter already", "fold it first with adapt.fold, or leave the module out")
             elif not isinstance(module, Linear | QuantLinear):
                 problem = (f"is {type(module).__name__}, not a linear", f'write except = ["{path}"]')
-            elif path in shared:
+            elif path in ties:
                 problem = ("shares its weight with another module", f'write except = ["{path}"]')
             elif method.rank > (limit := min(module.in_features, module.out_features)):
                 high[path] = limit, method.rank

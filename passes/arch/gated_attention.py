@@ -17,7 +17,7 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Rewrite
-from effc.passes._dense import some
+from effc.passes._dense import shared, some
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 
@@ -100,8 +100,8 @@ class GatedAttentionSwap(Selects, Rewrite):
                 help="gate before packing or factoring, fold adapters first, or write init = random",
                 about="init",
             )
-        shared = {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}
-        if tied := [f"{p}.o" for p in paths if f"{p}.o" in shared]:
+        ties = shared(model)
+        if tied := [f"{p}.o" for p in paths if f"{p}.o" in ties]:
             yield Diagnostic(
                 "E341",
                 f"`{self.kind}` cannot double an output that layers share",

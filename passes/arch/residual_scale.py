@@ -18,7 +18,7 @@ from effc.compiler.contract import EXACT, HEALED, Contract, Fact
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
-from effc.passes._dense import some
+from effc.passes._dense import shared, some
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 
@@ -105,8 +105,8 @@ class ResidualScale(Rewrite):
                 help="scale before packing or factoring, fold adapters first, or write fold = false",
                 about="fold",
             )
-        shared = {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}
-        if tied := [p for p in ends if p in shared]:
+        ties = shared(model)
+        if tied := [p for p in ends if p in ties]:
             yield Diagnostic(
                 "E341",
                 f"`{self.kind}` cannot divide weights that layers share",

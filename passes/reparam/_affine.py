@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from effc.compiler.blocks.linear import Linear
-from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.sharing import cloned
 
@@ -37,8 +36,3 @@ def add_bias(rw: Rewriter, path: str, weight: Tensor | None, bias: Tensor | None
     new.weight = old.weight if weight is None else nn.Parameter(weight, requires_grad=False)
     new.bias = nn.Parameter(added, requires_grad=False)
     rw.swap(path, new, detail)
-
-
-def shared(model: Model) -> set[str]:
-    """Paths of modules that share a tensor with another."""
-    return {name.rpartition(".")[0] for pair in model.ties().items() for name in pair}

@@ -18,7 +18,7 @@ from effc.compiler.egraph import Term
 from effc.compiler.model import Model
 from effc.compiler.readers import readers
 from effc.compiler.rewrite import Rewriter
-from effc.passes.reparam._affine import shared
+from effc.passes._dense import shared
 
 Leaf = tuple[str, str]
 

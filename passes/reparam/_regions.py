@@ -21,7 +21,7 @@ from effc.compiler.readers import runs_once
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.roles import Role
 from effc.compiler.trace import TracedModel
-from effc.passes.reparam._affine import shared
+from effc.passes._dense import shared
 from effc.passes.reparam._groups import Leaf, constant
 
 _ADDS = (operator.add, torch.add)

@@ -19,9 +19,8 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Rewrite
 from effc.compiler.trace import TracedModel
-from effc.passes._dense import some
+from effc.passes._dense import shared, some
 from effc.passes._waived import on_a_decoder
-from effc.passes.reparam._affine import shared
 from effc.passes.reparam._branch_graph import merge, multiply, stand
 from effc.passes.reparam._branches import Conv, Sum, centered, dirac, plain_layer, sums
 from effc.specs.diagnostic import Diagnostic

@@ -19,9 +19,9 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Rewrite
 from effc.compiler.trace import TracedModel
-from effc.passes._dense import some
+from effc.passes._dense import shared, some
 from effc.passes._waived import on_a_decoder
-from effc.passes.reparam._affine import add_bias, put_affine, shared
+from effc.passes.reparam._affine import add_bias, put_affine
 from effc.passes.reparam._channels import Channels, into_inputs, into_outputs, statistics
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper

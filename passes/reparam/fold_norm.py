@@ -19,8 +19,8 @@ from effc.compiler.readers import Readers, readers
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Rewrite
-from effc.passes._dense import some
-from effc.passes.reparam._affine import add_bias, put_affine, shared
+from effc.passes._dense import shared, some
+from effc.passes.reparam._affine import add_bias, put_affine
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import FOLKLORE
 from effc.specs.select import resolve

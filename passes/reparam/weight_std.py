@@ -14,9 +14,8 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Rewrite
-from effc.passes._dense import some
+from effc.passes._dense import shared, some
 from effc.passes._waived import on_a_decoder
-from effc.passes.reparam._affine import shared
 from effc.passes.reparam._standard import Form, StandardConv
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
