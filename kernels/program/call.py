@@ -51,6 +51,10 @@ class Call:
     """Why this kernel and not a faster one; empty when there is none."""
     specs: tuple[KernelSpec, ...] = ()
     """What its functions are emitted from."""
+    across: bool = False
+    """Whether a call that shares rows reads rows of other members too."""
+    opens: bool = False
+    """Whether it is the first to use the next cache; `{cache}` is that one from here on."""
 
 
 @dataclass(frozen=True, slots=True)

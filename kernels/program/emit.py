@@ -100,7 +100,7 @@ def emit(plan: Plan) -> tuple[str, list[str]]:
             rows = "a->wanted_rows" if tail else "a->M"
             bodies.append(_LAYER.format(name=names[body], rows=rows, few=FEW, body=body))
         held = [t for call in calls for t in call.tensors]
-        kept = sum(call.op == "write_cache" for call in calls)
+        kept = sum(call.opens for call in calls)
         tensors += held
         if runs and runs[-1][0] == names[body] and runs[-1][2:] == (len(held), kept):
             runs[-1] = (names[body], runs[-1][1] + 1, len(held), kept)
@@ -142,12 +142,12 @@ def _body(plan: Plan, calls: Sequence[Call], offsets: dict[str, int], first: boo
     for call in calls:
         now = [_span(plan, offsets, n) for n in call.reads if n in offsets]
         after = [_span(plan, offsets, n) for n in call.writes if n in offsets]
-        lines += since.barrier(call.split, now, after, call.op == "gather")
+        lines += since.barrier(call.split, now, after, call.across)
         lines.append(f"  /* {call.op}: {', '.join(_local(p) for p in call.paths)} */")
         if call.split is Split.ITEMS:
             lines.append(f"  {{ const long i0 = ({call.items}) * member / members,")
             lines.append(f"      i1 = ({call.items}) * (member + 1) / members;")
-        kept += call.op == "write_cache"
+        kept += call.opens
         lines.append(_addressed(plan, call, offsets, count, kept))
         if call.split is Split.ITEMS:
             lines.append("  }")
@@ -169,7 +169,8 @@ class _Since:
         """The barrier that a call needs before it, if any; then the call counts as done.
 
         A row-wise call may follow a row-wise call without one as long as a member's rows lie in one place: in
-        equal spans. Rows of another width in the same memory are other members' rows.
+        equal spans. Rows of another width in the same memory are other members' rows, and so are those that a
+        call reads `anywhere`.
         """
         rows = Split.ROWS
         alone = split is rows
@@ -179,7 +180,7 @@ class _Since:
         always = any(s is not rows for _, s in foreign if not alone) or any(
             s is not rows for span, s in self.written if _overlap(span, touched)
         )
-        moved = any(s is not rows or span not in touched for span, s in foreign)
+        moved = anywhere or any(s is not rows or span not in touched for span, s in foreign)
         lines = []
         if always:
             self.written, self.read = [], []

@@ -73,12 +73,14 @@ class Builder:
         items: str = "M",
         why: str = "",
         specs: Sequence[KernelSpec] = (),
+        across: bool = False,
+        opens: bool = False,
     ) -> None:
         """Append a call of the layer at hand."""
         self.calls.append(
             Call(
                 op, split, tuple(reads), tuple(writes), text, tuple(tensors), tuple(functions), items,
-                self.layer, tuple(job.paths), why, tuple(specs),
+                self.layer, tuple(job.paths), why, tuple(specs), across, opens,
             )
         )  # fmt: skip
 
@@ -108,7 +110,7 @@ class Builder:
             f"for (long m = r0; m < r1; m++) memcpy((float *){{{wanted}}} + m * {width}, "
             f"(const float *){{{stream}}} + a->wanted[m] * {width}, {width * FLOAT});"
         )
-        self.calls.append(Call("gather", Split.ROWS, (stream,), (wanted,), text))
+        self.calls.append(Call("gather", Split.ROWS, (stream,), (wanted,), text, across=True))
         return stream
 
     def _end_in_logits(self, final: str) -> None:

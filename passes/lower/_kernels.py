@@ -163,7 +163,19 @@ def _attend(build: Builder, job: Attend) -> None:
     items, functions = f"M * {job.kv_heads}", [attention_c.function(spec)]
     build.attentions.append((spec, job.rope))
     read = list(dict.fromkeys(sources))
-    build.add("write_cache", Split.ITEMS, read, [queries], write, job, names, functions, items, specs=[spec])
+    build.add(
+        "write_cache",
+        Split.ITEMS,
+        read,
+        [queries],
+        write,
+        job,
+        names,
+        functions,
+        items,
+        specs=[spec],
+        opens=True,
+    )
     build.add("attend", Split.ITEMS, [queries], [out], attend, job, (), functions, items, specs=[spec])
 
 
