@@ -4,21 +4,26 @@
     python -m effc.kernels.gpu.check compile < jobs.json
 
 A job is {"op": "quant_linear.gpu", "spec": {...}, "text": null or text to check in place of what is emitted};
-the answer is a list in the order of the jobs. One process interprets or compiles, never both.
+jobs come as a list on a line, and the answer is a list in their order. One process interprets or compiles,
+never both.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import json
 import os
+import selectors
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, Protocol, cast
+from functools import cache, partial
+from pathlib import Path
+from typing import IO, Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -59,23 +64,74 @@ class Op(Protocol):
 def run(mode: Mode, jobs: Sequence[Mapping[str, Any]], path: str = "", seconds: float = 1200) -> list[Any]:
     """The answers of a process of its own; `path` goes before the installed packages (another Triton).
 
+    The process stays for the next jobs of its kind, because torch and Triton take seconds to start.
+
     Raises:
         RuntimeError: the process fails; its last words.
+        TimeoutError: it gives no answer in time.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if mode == "interpret":
-        environment["TRITON_INTERPRET"] = "1"
-    if path:
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (path, environment.get("PYTHONPATH", ""))))
-    command = [sys.executable, "-m", "effc.kernels.gpu.check", mode]
-    with tempfile.TemporaryDirectory() as cache:
-        done = subprocess.run(
-            command, input=json.dumps(list(jobs)), capture_output=True, text=True,
-            env=environment | {"TRITON_CACHE_DIR": cache}, timeout=seconds, check=False,
-        )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError("\n".join(done.stderr.splitlines()[-12:]))
-    return cast(list[Any], json.loads(done.stdout.splitlines()[-1]))
+    return _worker(mode, path).answers(jobs, seconds)
+
+
+class _Worker:
+    """A process that reads jobs, a list on a line, and writes answers, a list on a line."""
+
+    def __init__(self, mode: Mode, path: str) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        environment["TRITON_CACHE_DIR"] = self.folder.name
+        if mode == "interpret":
+            environment["TRITON_INTERPRET"] = "1"
+        if path:
+            environment["PYTHONPATH"] = os.pathsep.join(
+                filter(None, (path, environment.get("PYTHONPATH", "")))
+            )
+        self.words = Path(self.folder.name) / "stderr"
+        with self.words.open("w") as words:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "effc.kernels.gpu.check", mode],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=words, env=environment,
+            )  # fmt: skip
+        self.readable = selectors.DefaultSelector()
+        self.readable.register(cast(IO[bytes], self.process.stdout), selectors.EVENT_READ)
+        atexit.register(self.end)
+
+    def answers(self, jobs: Sequence[Mapping[str, Any]], seconds: float) -> list[Any]:
+        to, back = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
+        try:
+            to.write(json.dumps(list(jobs)).encode() + b"\n")
+            to.flush()
+            if not self.readable.select(seconds):
+                raise TimeoutError(f"no answer in {seconds} seconds")
+            line = back.readline()
+            if not line:
+                raise BrokenPipeError
+            return cast(list[Any], json.loads(line))
+        except BrokenPipeError:
+            self.process.wait()
+            words = self.words.read_text()
+            self.end()
+            raise RuntimeError("\n".join(words.splitlines()[-12:])) from None
+        except BaseException:
+            self.end()
+            raise
+
+    def end(self) -> None:
+        """Stop the process; another one starts when there are jobs again."""
+        _worker.cache_clear()
+        atexit.unregister(self.end)
+        self.process.kill()
+        self.process.wait()
+        self.readable.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(BrokenPipeError):
+                cast(IO[bytes], pipe).close()
+        self.folder.cleanup()
+
+
+@cache
+def _worker(mode: Mode, path: str) -> _Worker:
+    return _Worker(mode, path)
 
 
 def interpret(op: Op, spec: KernelSpec, text: str | None) -> str:
@@ -137,12 +193,14 @@ def main(mode: str) -> int:
     filling: Any = torch.utils.deterministic
     filling.fill_uninitialized_memory = True
     torch.set_num_threads(1)
-    answers: list[Any] = []
-    for job in json.load(sys.stdin):
-        op = cast(Op, importlib.import_module(f"effc.kernels.{job['op']}"))
-        spec = op.parse(job["spec"])
-        answers.append((interpret if mode == "interpret" else compile)(op, spec, job.get("text")))
-    print(json.dumps(answers))
+    answers_to, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+    for line in sys.stdin:
+        answers: list[Any] = []
+        for job in json.loads(line):
+            op = cast(Op, importlib.import_module(f"effc.kernels.{job['op']}"))
+            spec = op.parse(job["spec"])
+            answers.append((interpret if mode == "interpret" else compile)(op, spec, job.get("text")))
+        print(json.dumps(answers), file=answers_to, flush=True)
     return 0
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from effc.kernels.gpu import check
+
 pytest.importorskip("triton", reason="Triton has builds for Linux only")
 
 
@@ -95,3 +97,11 @@ def test_text_becomes_a_module_named_by_its_content(tmp_path: Path, monkeypatch:
     finally:
         load.folder.cache_clear()
         load.load.cache_clear()
+
+
+def test_a_process_that_fails_says_why_and_another_takes_its_place() -> None:
+    nothing = {"op": "nothing.gpu", "spec": {}}
+    with pytest.raises(TimeoutError, match="no answer in 0 seconds"):
+        check.run("interpret", [nothing], seconds=0)
+    with pytest.raises(RuntimeError, match=r"No module named 'effc.kernels.nothing'"):
+        check.run("interpret", [nothing])
