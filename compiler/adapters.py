@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from effc.compiler.blocks.lora_linear import LoraLinear
-from effc.compiler.blocks.low_rank_linear import LowRankLinear
+from effc.compiler.formed import FORMED
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.sharing import put
@@ -74,10 +74,10 @@ def unmixable(kind: str, models: Sequence[Model], adapters: Adapters, kept: bool
     """Factors that a merge must not mix number by number: E457. `kept`: the merge can join adapters."""
     found = []
     for number, model in enumerate(models, start=1):
-        factored = [path for path, unit in model.units() if isinstance(unit, LowRankLinear)]
+        factored = [path for path, unit in model.units() if isinstance(unit, FORMED)]
         held = factored or ([] if kept else adapted(model))
         if held:
-            word = "low-rank factors" if factored else "adapters"
+            word = "factors of weights" if factored else "adapters"
             cure = "merge first, then factor the result" if factored else "fold first: `adapt.fold(...)`"
             found.append(
                 Diagnostic(

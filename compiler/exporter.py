@@ -25,6 +25,8 @@ from effc.specs.diagnostic import EffcError
 _STANDS_FOR = {
     "QuantLinear": "Linear",
     "LowRankLinear": "Linear",
+    "SparseLowRankLinear": "Linear",
+    "PlanesLinear": "Linear",
     "LoraLinear": "Linear",
     "QuantStackedLinear": "StackedLinear",
     "QuantEmbedding": "Embedding",

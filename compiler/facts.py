@@ -19,10 +19,13 @@ from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.blocks.low_rank_linear import LowRankLinear
 from effc.compiler.blocks.moe import MoE
 from effc.compiler.blocks.norm import Norm
+from effc.compiler.blocks.planes_linear import PlanesLinear
 from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.blocks.routed_lora import GatedLora, RoutedLora
+from effc.compiler.blocks.sparse_low_rank_linear import SparseLowRankLinear
 from effc.compiler.blocks.tempered import Tempered
 from effc.compiler.contract import Fact
+from effc.compiler.formed import FORMED
 from effc.compiler.method import Method
 from effc.compiler.model import Model
 from effc.compiler.presence import known, loaded
@@ -57,16 +60,14 @@ def facts_of(model: Model) -> dict[str, bool]:
 
 def dense(model: Model, paths: Sequence[str]) -> bool:
     """Weights are plain numbers: neither packed nor factored nor with an adapter beside them."""
-    others = Packed | LowRankLinear | LoraLinear | GatedLora | RoutedLora
+    others = Packed | FORMED | LoraLinear | GatedLora | RoutedLora
     return not any(isinstance(model.module(p), others) for p in paths)
 
 
 def packed(model: Model, paths: Sequence[str]) -> bool:
     """Every weight matrix is stored as packed integers."""
     units = [model.module(p) for p in paths]
-    matrices = [
-        u for u in units if isinstance(u, Packed | Linear | StackedLinear | Embedding | LowRankLinear)
-    ]
+    matrices = [u for u in units if isinstance(u, Packed | Linear | StackedLinear | Embedding | FORMED)]
     return bool(matrices) and all(isinstance(u, Packed) for u in matrices)
 
 
@@ -74,6 +75,11 @@ def low_rank(model: Model, paths: Sequence[str]) -> bool:
     """Every linear is a product of two thin matrices."""
     units = [model.module(p) for p in paths if isinstance(model.module(p), LowRankLinear | Linear | Packed)]
     return bool(units) and all(isinstance(u, LowRankLinear) for u in units)
+
+
+def formed(model: Model, paths: Sequence[str]) -> bool:
+    """Some linear is computed from other numbers."""
+    return any(isinstance(model.module(p), FORMED) for p in paths)
 
 
 def adapter(model: Model, paths: Sequence[str]) -> bool:
@@ -143,12 +149,15 @@ PREDICATES: Mapping[str, Predicate] = {
     "carved": carved,
     "dense": dense,
     "ensemble": ensemble,
+    "formed": formed,
     "gated": beside(GatedLora),
     "low_rank": low_rank,
     "mixture": mixture,
     "packed": packed,
+    "planes": beside(PlanesLinear),
     "routed": beside(RoutedLora),
     "sparse": sparse,
+    "sparse_low_rank": beside(SparseLowRankLinear),
     "sparse_2_4": sparse_in_groups(2, 4),
     "sparse_4_8": sparse_in_groups(4, 8),
     "tied": tied,

@@ -21,12 +21,14 @@ from effc.compiler.blocks.head import softcap as _softcap
 from effc.compiler.blocks.mlp import ACTIVATIONS
 from effc.compiler.blocks.moe import best
 from effc.compiler.blocks.rope import rotate, tables
+from effc.compiler.blocks.sparse_low_rank_linear import built
 from effc.compiler.blocks.tempered import gated, kept
 from effc.compiler.blocks.unit import DTYPES
 from effc.compiler.op_kind import OPS, Kind
 from effc.compiler.op_kind import op as _op
 from effc.compiler.ops_state import scan
 from effc.compiler.packing import unpack as _unpack
+from effc.compiler.planes import dense as _of_planes
 from effc.compiler.step import Step
 
 __all__ = ["OPS", "Kind", "scan"]
@@ -109,6 +111,18 @@ def dequantize(
         codes = _unpack(zeros.unsqueeze(0), bits, scales.numel()).to(torch.int16) - middle
         wide = wide - codes.float().view(scales.shape).unsqueeze(-1)
     return (wide * scales.float().unsqueeze(-1)).view(q.shape)
+
+
+@_op()
+def sparse_low_rank(a: Tensor, b: Tensor, values: Tensor, places: Tensor, *, factor: float) -> Tensor:
+    """a [r, i], b [o, r], values [n] at places [n] of the flattened matrix -> [o, i]"""
+    return built(a, b, values, places, factor)
+
+
+@_op()
+def planes(signs: Tensor, scales: Tensor, *, columns: int) -> Tensor:
+    """signs [P, o, bytes] uint8, scales [P, t, A, B] -> float32 [o, columns]; see planes.py for the layout"""
+    return _of_planes(signs, scales, columns)
 
 
 @_op()

@@ -23,7 +23,7 @@ from effc.compiler.placed import placed
 from effc.compiler.plan_report import ReportPlan, reported
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selected import selector_report
-from effc.compiler.shapes import Merge
+from effc.compiler.shapes import Merge, Train
 from effc.compiler.stand_in import selector_problems, stands_in
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.recipe import Binding, Export, Recipe
@@ -225,6 +225,8 @@ def _outlined(staged: Staged, models: Mapping[str, Model]) -> tuple[Model, Seque
         raise EffcError(*refused)
     rewriter = Rewriter(first, staged.method.kind)
     staged.method.outline(rewriter, others)
+    if isinstance(staged.method, Train):
+        rewriter.model.facts["learned"] = True
     return rewriter.done(), told
 
 

@@ -19,7 +19,8 @@ LEAST, MOST = -126, 127
 def pack_signs(signs: Tensor) -> Tensor:
     """signs [P, o, i] of -1 and 1 -> [P, o, ceil(i / 8)] uint8; bits behind the last column are zero"""
     up = torch.nn.functional.pad((signs > 0).to(torch.uint8), (0, -signs.shape[-1] % 8))
-    return (up.unflatten(-1, (-1, 8)) << _places(signs)).sum(-1).to(torch.uint8)
+    packed: Tensor = (up.unflatten(-1, (-1, 8)) << _places(signs)).sum(-1).to(torch.uint8)
+    return packed
 
 
 def unpack_signs(packed: Tensor, columns: int) -> Tensor:

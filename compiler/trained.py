@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from effc.compiler.blocks.planes_linear import PlanesLinear
 from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.cost import count
 from effc.compiler.method import Work
@@ -62,8 +63,9 @@ def untrainable(kind: str, model: Model, train: str | tuple[str, ...] = "all") -
     if not inside:
         help_ = "choose some in `train`, or leave it out: all weights train then"
         return [Diagnostic("E650", f"`{kind}` would train nothing", help=help_, about="train")]
+    kinds = Packed | PlanesLinear
     packed = [
-        path for path, unit in model.units() if isinstance(unit, Packed) and _holder(f"{path}.packed", inside)
+        path for path, unit in model.units() if isinstance(unit, kinds) and _holder(f"{path}.packed", inside)
     ]
     if not packed:
         return []

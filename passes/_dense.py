@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from effc.compiler.blocks.embedding import Embedding
 from effc.compiler.blocks.linear import Linear, StackedLinear
+from effc.compiler.blocks.planes_linear import PlanesLinear
 from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.model import Model
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -28,11 +29,11 @@ def matrix(module: nn.Module) -> Tensor:
 def not_dense(kind: str, verb: str, model: Model, paths: Iterable[str]) -> Iterator[Diagnostic]:
     """A diagnostic for selected modules that are packed, and one for those that are dense in no other way."""
     modules = {path: model.module(path) for path in paths}
-    packed = [p for p, m in modules.items() if isinstance(m, Packed)]
+    packed = [p for p, m in modules.items() if isinstance(m, Packed | PlanesLinear)]
     other = [
         p
         for p, m in modules.items()
-        if not isinstance(m, Packed | Linear | StackedLinear | Embedding | nn.Linear)
+        if not isinstance(m, Packed | PlanesLinear | Linear | StackedLinear | Embedding | nn.Linear)
     ]
     if packed:
         yield Diagnostic(

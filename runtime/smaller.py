@@ -131,7 +131,16 @@ def _lazy(model: Model, name: str, tensor: Tensor) -> LazyTensor:
     unit = model.module(path)
     if isinstance(unit, Packed) and slot in ("packed", "scales", "zeros"):
         return LazyTensor(shape, dtype, partial(_packed, name, shape, dtype, unit.bits, unit.in_features))
+    if isinstance(unit, Unit) and unit.drawn(slot, _dice(name)) is not None:
+        return LazyTensor(shape, dtype, partial(_suited, unit, slot, name))
     return LazyTensor(shape, dtype, partial(_drawn, name, shape, dtype))
+
+
+def _suited(unit: Unit, slot: str, name: str) -> Tensor:
+    """Values that the unit itself draws."""
+    drawn = unit.drawn(slot, _dice(name))
+    assert drawn is not None
+    return drawn
 
 
 def _dice(name: str) -> torch.Generator:

@@ -28,6 +28,7 @@ NEEDS = {
     "adapter": "adapt.lora(data = code, steps = 1, batch = 2)",
     "carved": "moe.carve(data = [code, prose], keep = 50%, router_width = 16)",
     "ensemble": "moe.ewa(experts = 3, every = 2)",
+    "formed": "reparam.low_rank(rank = 8)",
     "gated": "moe.phatgoose_gate(data = code, steps = 1, batch = 2)",
     "mixture": "moe.upcycle(experts = 4, every = 3, balance = 0)",
 }

@@ -12,9 +12,11 @@ from effc.compiler.blocks.mlp import MLP
 from effc.compiler.blocks.moe import Experts, MoE
 from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.patch_embed import PatchEmbed
+from effc.compiler.blocks.planes_linear import PlanesLinear
 from effc.compiler.blocks.pre_gate import PreGate
 from effc.compiler.blocks.quant_linear import QuantEmbedding, QuantLinear, QuantStackedLinear
 from effc.compiler.blocks.routed_lora import GatedLora, RoutedLora
+from effc.compiler.blocks.sparse_low_rank_linear import SparseLowRankLinear
 from effc.compiler.blocks.tempered import Tempered
 from effc.compiler.blocks.unit import REGISTRY, Unit
 
@@ -34,6 +36,7 @@ __all__ = [
     "MoE",
     "Norm",
     "PatchEmbed",
+    "PlanesLinear",
     "PreGate",
     "QuantEmbedding",
     "QuantLinear",
@@ -41,6 +44,7 @@ __all__ = [
     "RoutedLora",
     "Scale",
     "Softcap",
+    "SparseLowRankLinear",
     "StackedLinear",
     "Table",
     "Tempered",

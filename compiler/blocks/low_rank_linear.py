@@ -47,8 +47,9 @@ class LowRankLinear(Unit):
         return 2 * self.rank * (self.in_features + self.out_features)
 
     def dense(self) -> Tensor:
-        """B A [o, i] float32"""
-        return self.b.float() @ self.a.float()
+        """B A [o, i], float64 where the factors are, else float32"""
+        a, b = (t if t.element_size() == 8 else t.float() for t in (self.a, self.b))
+        return b @ a
 
     def expand(self, ops: Ops, x: Value) -> Value:
         bias = ops.weight("bias") if self.bias is not None else None

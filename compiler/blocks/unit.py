@@ -112,6 +112,10 @@ class Unit(nn.Module):
             if tensor is not None:
                 yield tensor, tensor.numel()
 
+    def drawn(self, slot: str, dice: torch.Generator) -> Tensor | None:
+        """Random values of one of its tensors that not every number suits, such as indices; None: any do."""
+        return None
+
     def flops(self, mean: int) -> int:
         """Forward FLOPs per token of this unit alone (children not), at `mean` attended keys."""
         return 0

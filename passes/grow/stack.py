@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import Field
 
 from effc.compiler.blocks.lora_linear import LoraLinear
-from effc.compiler.blocks.low_rank_linear import LowRankLinear
 from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.contract import HEALED, Contract, Fact
+from effc.compiler.formed import FORMED
 from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
@@ -61,7 +61,7 @@ class Stack(Rewrite):
         found = []
         if not model.layers:
             found.append(Diagnostic("E330", f"`{self.kind}` needs a model with layers to stack"))
-        odd = [p for p in model.roles if isinstance(model.module(p), Packed | LowRankLinear | LoraLinear)]
+        odd = [p for p in model.roles if isinstance(model.module(p), Packed | FORMED | LoraLinear)]
         if odd:
             types = sorted({type(model.module(p)).__name__ for p in odd})
             found.append(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from effc.compiler.model import Model
+from effc.runtime.artifact import is_artifact
 from effc.runtime.models._source import ModelSource
 from effc.runtime.smaller import smaller
 
@@ -31,12 +33,17 @@ class Load(ModelSource):
         """The model, its weights unread. Raises: see effc.runtime.load.load."""
         from effc.runtime.load import load
 
-        model = load(self.path, self.dtype, self.revision, weights=not tiny)
-        return smaller(model) if tiny else model
+        return self._opened(load(self.path, self.dtype, self.revision, weights=not tiny), tiny)
 
     def outline(self, models: Mapping[str, Model], tiny: bool = False) -> Model:
         """The same, also of a folder that holds no weights yet."""
         from effc.runtime.load import load
 
-        model = load(self.path, self.dtype, self.revision, weights=False)
-        return smaller(model) if tiny else model
+        return self._opened(load(self.path, self.dtype, self.revision, weights=False), tiny)
+
+    def _opened(self, model: Model, tiny: bool) -> Model:
+        """An artefact says itself whether it has learned something; what comes from elsewhere has."""
+        found = smaller(model) if tiny else model
+        learned = model.facts.get("learned", False) if is_artifact(Path(self.path)) else True
+        found.facts |= {"learned": True} if learned else {}
+        return found

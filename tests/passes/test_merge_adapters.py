@@ -117,7 +117,7 @@ def test_other_merges_ask_for_folded_adapters(method: Slerp | Ties) -> None:
 
 def test_low_rank_factors_are_not_mixed() -> None:
     models = [calibrate(LowRank(rank=4), made(i), Context()).model for i in range(2)]
-    with pytest.raises(EffcError, match="low-rank factors"):
+    with pytest.raises(EffcError, match="factors of weights"):
         merge(Mean(), models, Context())
 
 
