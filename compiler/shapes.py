@@ -15,7 +15,7 @@ from torch import Tensor
 
 from effc.compiler.adapters import Adapters, adapters_of, bare, join, strip, unmixable
 from effc.compiler.alike import unlike
-from effc.compiler.method import Batch, Context, DataRef, Method, Optimizer, Schedule, Slot
+from effc.compiler.method import Batch, Context, Data, DataRef, Method, Optimizer, Schedule, Slot
 from effc.specs.diagnostic import Diagnostic
 
 if TYPE_CHECKING:
@@ -158,6 +158,8 @@ class Train(Method):
 
     recuts: ClassVar[bool] = True
     """Whether each pass over the text cuts it elsewhere; not where what is known of a sequence is kept."""
+    rate: ClassVar[float | None] = None
+    """Learning rate where a recipe names no optimizer; None: the optimizer's own."""
 
     data: DataRef = Field(description="training sequences")
     steps: int = Field(ge=1, description="optimizer steps")
@@ -176,8 +178,16 @@ class Train(Method):
         default="auto", description="dtype of the passes; weights and optimizer state are float32 in any case"
     )
 
+    def prepare(self, rw: Rewriter, others: Sequence[Model]) -> None:
+        """Make the structure that trains: that of the result, unless `finish` changes it once more."""
+        self.outline(rw, others)
+
     def begin(self, rw: Rewriter, seed: int) -> None:
-        """Give what `outline` put in its first values, drawn by `seed`; nothing by default."""
+        """Give what `prepare` put in its first values, drawn by `seed`; nothing by default."""
+
+    def finish(self, rw: Rewriter) -> Mapping[str, float]:
+        """Edit what was trained, so that it has the structure of `outline`; returns numbers to report."""
+        return {}
 
     def teach(
         self, teachers: Mapping[str, Model], batches: Iterable[Batch], context: Context
@@ -195,6 +205,11 @@ class Train(Method):
     def loss(self, student: Model, teachers: Mapping[str, Any], batch: Batch) -> Losses:
         """Named scalars, `total` among them; teachers by field name, as `teach` gave them."""
         raise NotImplementedError
+
+
+    def measure(self, model: Model, data: Data) -> Mapping[str, Any]:
+        """What the report shall say of the trained model besides its loss; nothing by default."""
+        return {}
 
 
 class Merge(Method):

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from effc.compiler.blocks.linear import Linear, StackedLinear
 from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.blocks.norm import Norm
-from effc.compiler.blocks.unit import Unit
 from effc.compiler.contract import HEALED, Contract, Fact
 from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
 from effc.passes._dense import matrix, some
+from effc.passes.tie._groups import shared_already, tails, unlike
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 from effc.specs.units import Count
@@ -109,34 +109,11 @@ class Recursive(Rewrite):
                     about="loops",
                 )
             ]
-        return [*self._unlike(model), *self._shared(model), *self._wrong_ranks(model)]
-
-    def _unlike(self, model: Model) -> list[Diagnostic]:
-        """Layers must hold the same modules."""
-        first, *rest = self._inner(model.layers)
-        wanted = {tail: _form(model, first, tail) for tail in _tails(model, first)}
-        for layer in rest:
-            tails = _tails(model, layer)
-            odd = next(
-                (t for t in [*wanted, *tails] if t not in tails or _form(model, layer, t) != wanted.get(t)),
-                None,
-            )
-            if odd is not None:
-                note = f"they differ in {odd}"
-                return [Diagnostic("E332", f"layers {first} and {layer} cannot share weights", notes=(note,))]
-        return []
-
-    def _shared(self, model: Model) -> list[Diagnostic]:
-        tied = [alias for alias in model.ties() if alias.startswith("layers.")]
-        if not tied:
-            return []
+        help_ = "tie once, with the number of loops you want"
         return [
-            Diagnostic(
-                "E341",
-                f"`{self.kind}` cannot share layers that share weights already",
-                notes=(f"{some(tied)} is tied",),
-                help="tie once, with the number of loops you want",
-            )
+            *unlike(model, self._inner(layers)),
+            *shared_already(self.kind, model, help_),
+            *self._wrong_ranks(model),
         ]
 
     def _wrong_ranks(self, model: Model) -> list[Diagnostic]:
@@ -241,27 +218,16 @@ class Recursive(Rewrite):
         return Work(solve=solving, memory=(6 if self.lora_rank else 3) * largest)
 
 
-def _tails(model: Model, layer: int) -> list[str]:
-    """Paths inside a layer, of everything that holds weights."""
-    head = f"layers.{layer}."
-    return [path.removeprefix(head) for path in model.roles if path.startswith(head)]
-
-
 def _matrices(model: Model, layer: int) -> list[str]:
     return [
         t
-        for t in _tails(model, layer)
+        for t in tails(model, layer)
         if isinstance(model.module(f"layers.{layer}.{t}"), Linear | StackedLinear)
     ]
 
 
 def _norms(model: Model, layer: int) -> list[str]:
-    return [t for t in _tails(model, layer) if isinstance(model.module(f"layers.{layer}.{t}"), Norm)]
-
-
-def _form(model: Model, layer: int, tail: str) -> object:
-    unit = model.module(f"layers.{layer}.{tail}")
-    return unit.spec() if isinstance(unit, Unit) else type(unit)
+    return [t for t in tails(model, layer) if isinstance(model.module(f"layers.{layer}.{t}"), Norm)]
 
 
 def _read(model: Model, tail: str, name: str, layer: int) -> Tensor:
