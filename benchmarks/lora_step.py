@@ -50,7 +50,8 @@ def by_effc(folder: str, precision: str, steps: int, rank: int) -> list[float]:
     with tempfile.TemporaryDirectory() as place:
         dice = torch.Generator().manual_seed(0)
         letters = torch.randint(97, 123, (40 * BATCH * LENGTH,), generator=dice).tolist()
-        (Path(place) / "text.txt").write_bytes(bytes(letters))
+        parts = [bytes(letters[at : at + LENGTH]) for at in range(0, len(letters), LENGTH)]
+        (Path(place) / "text.txt").write_bytes(b"\n\n".join(parts))
         data = Text(path=place, seq=LENGTH).open(dict(model.tokenizer.files if model.tokenizer else {}))
         stamps: list[float] = []
         method = Lora.model_validate(

@@ -8,7 +8,7 @@ the dtype of the logits; the backward pass only scales it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,13 +34,8 @@ def weighted(
     row -> total [] float32, terms each [] float32. A batch in which no token counts has loss 0.
     """
     rows = logits.reshape(-1, logits.shape[-1])
-    keep = counts.reshape(-1)
-    others = [a.reshape(-1, *a.shape[counts.dim() :]) for a in aligned]
-    if not bool(keep.all()):
-        chosen = keep.nonzero().squeeze(1)
-        rows = rows.index_select(0, chosen)
-        others = [a.index_select(0, chosen) for a in others]
-    out: Tensor = _Chunked.apply(rows, tuple(terms), tuple(others))  # type: ignore[no-untyped-call]
+    others = tuple(a.reshape(-1, *a.shape[counts.dim() :]) for a in aligned)
+    out: Tensor = _Chunked.apply(rows, counts.reshape(-1), tuple(terms), others)  # type: ignore[no-untyped-call]
     return out[0], list(out[1:].detach().unbind())
 
 
@@ -60,29 +55,48 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, terms: tuple[tuple[float, Term], ...], others: tuple[Tensor, ...]
+        ctx: Any,
+        rows: Tensor,
+        counts: Tensor,
+        terms: tuple[tuple[float, Term], ...],
+        others: tuple[Tensor, ...],
     ) -> Tensor:
-        n, vocabulary = rows.shape
+        """rows [N, V], counts [N] bool, others [N, *] each."""
+        n = int(counts.sum())
         sums = torch.zeros(len(terms), dtype=torch.float64, device=rows.device)
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(rows) if wanted else None
-        size = max(1, _CHUNK.get(rows.device.type, _CHUNK["cpu"]) // vocabulary)
-        for start in range(0, n, size):
-            part = slice(start, start + size)
+        for part, chosen in _parts(rows, counts):
             with torch.set_grad_enabled(wanted):
-                z = rows[part].detach().float().requires_grad_(wanted)
-                values = [term(z, *(o[part] for o in others)).sum() for _, term in terms]
+                z = rows[part][chosen].detach().float().requires_grad_(wanted)
+                values = [term(z, *(o[part][chosen] for o in others)).sum() for _, term in terms]
                 total = torch.stack([w * v for (w, _), v in zip(terms, values, strict=True)]).sum() / n
             sums += torch.stack([v.detach() for v in values]).double() / n
             if gradient is not None:
-                gradient[part] = torch.autograd.grad(total, z)[0]
+                gradient[part][chosen] = torch.autograd.grad(total, z)[0].to(gradient.dtype)
         if gradient is not None:
+            gradient[~counts] = 0.0
             ctx.save_for_backward(gradient)
         weights = torch.tensor([w for w, _ in terms], dtype=torch.float64, device=rows.device)
         return torch.cat([(weights * sums).sum()[None], sums]).float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
         """Only the total carries gradient; the single terms are for people."""
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][0].to(gradient.dtype), None, None
+        scale = grads[0][0]
+        if scale.device.type == "cpu" and float(scale) == 1.0:  # elsewhere, looking would wait for the device
+            return gradient, None, None, None
+        return gradient * scale.to(gradient.dtype), None, None, None
+
+
+def _parts(rows: Tensor, counts: Tensor) -> Iterator[tuple[slice, slice | Tensor]]:
+    """Chunks of rows, each with its rows that carry loss: a slice, which copies nothing, where all do."""
+    size = max(1, _CHUNK.get(rows.device.type, _CHUNK["cpu"]) // rows.shape[1])
+    found = [int(part.sum()) for part in counts.cpu().split(size)]
+    for index, present in enumerate(found):
+        part = slice(index * size, (index + 1) * size)
+        if present == len(counts[part]):
+            yield part, slice(None)
+        elif present:
+            yield part, counts[part]

@@ -23,6 +23,7 @@ from effc.compiler.rewrite import Edit, Rewriter
 from effc.compiler.shapes import Train
 from effc.runtime.curve import Curve
 from effc.runtime.data._several import split_of
+from effc.runtime.heap import keeping
 from effc.runtime.parts.train.optimizer.adamw import AdamW
 from effc.runtime.parts.train.schedule.cosine import Cosine
 from effc.runtime.precision import working_dtype
@@ -39,11 +40,11 @@ def fit(method: Train, model: Model, context: Context) -> Outcome:
         KeyboardInterrupt: when the context asks to stop; a checkpoint is saved before.
     """
     rw = Rewriter(model, method.kind)
-    method.prepare(rw, list(context.models.values()))
+    method.outline(rw, list(context.models.values()))
     method.begin(rw, context.seed)
     rw.model.materialize()
     training = _Training(method, rw, context)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), keeping():
         training.run()
     return training.outcome()
 
@@ -62,7 +63,7 @@ class _Training:
         models = {name: _copy(m, dtype, context.device) for name, m in context.models.items()}
         self.teachers = method.teach(models, self._all(), context)
         self.moving = self._moving()
-        optimizer = method.optimizer or (AdamW() if method.rate is None else AdamW(lr=method.rate))
+        optimizer = method.optimizer or AdamW()
         self.schedule: Schedule = method.schedule or Cosine()
         self.optimizer = optimizer.build(list(self.moving.masters.items()))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -88,17 +89,11 @@ class _Training:
             path, _, slot = name.rpartition(".")
             dtype = self.rw.model.tensors()[name].dtype
             self.rw.write(path, slot, master.detach().to("cpu", dtype))
-        self.rw.model.facts["learned"] = True
         first, last = self.curve.ends()
         self.rw.log.append(Edit("train", "*", f"{self.method.steps} steps, loss {first:.4f} -> {last:.4f}"))
         seen = self.method.steps * self.method.batch
         measures = {"steps": self.method.steps, "sequences": seen, "curve": self.curve.as_json()}
-        if scores := dict(self.method.finish(self.rw)):
-            measures["scores"] = scores
-        model = self.rw.done()
-        with torch.no_grad():
-            measures |= self.method.measure(model, self.data)
-        return Outcome(model, tuple(self.rw.log), measures)
+        return Outcome(self.rw.done(), tuple(self.rw.log), measures)
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns the loss terms of its sequences."""
