@@ -71,12 +71,6 @@ def packed(model: Model, paths: Sequence[str]) -> bool:
     return bool(matrices) and all(isinstance(u, Packed) for u in matrices)
 
 
-def low_rank(model: Model, paths: Sequence[str]) -> bool:
-    """Every linear is a product of two thin matrices."""
-    units = [model.module(p) for p in paths if isinstance(model.module(p), LowRankLinear | Linear | Packed)]
-    return bool(units) and all(isinstance(u, LowRankLinear) for u in units)
-
-
 def formed(model: Model, paths: Sequence[str]) -> bool:
     """Some linear is computed from other numbers."""
     return any(isinstance(model.module(p), FORMED) for p in paths)
@@ -151,7 +145,7 @@ PREDICATES: Mapping[str, Predicate] = {
     "ensemble": ensemble,
     "formed": formed,
     "gated": beside(GatedLora),
-    "low_rank": low_rank,
+    "low_rank": beside(LowRankLinear),
     "mixture": mixture,
     "packed": packed,
     "planes": beside(PlanesLinear),

@@ -224,12 +224,17 @@ class Method(Spec):
         """Make the structural part of the change on meta tensors: no data, no weights.
 
         The planner runs it to know the structure after the stage, so the cost of the outlined
-        model must equal the cost of the real result exactly.
+        model must equal the cost of the real result exactly, or bound it where `at_most` says so.
         """
 
     def refuses(self, model: Model, others: Sequence[Model]) -> Sequence[Diagnostic]:
         """Everything about these models (possibly on meta) that the method cannot handle."""
         return ()
+
+    @property
+    def at_most(self) -> bool:
+        """Whether the size follows from weights or data: the outline then has the most that may come out."""
+        return False
 
     def work(self, model: Model, seq: int = 0) -> Work:
         """What the stage costs to run; `seq` is the length of its data's sequences, 0 without data."""

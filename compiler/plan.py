@@ -31,6 +31,8 @@ from effc.specs.target import Target
 
 ATTENDED = 512
 """Keys that a token attends to on average in `flops_per_token`: the mean of a 1024-token prefill."""
+AT_MOST = "at_most"
+"""A fact of outlined models alone: their size is the most that may come out, since it follows from data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,8 @@ def _outlined(staged: Staged, models: Mapping[str, Model]) -> tuple[Model, Seque
     staged.method.outline(rewriter, others)
     if isinstance(staged.method, Train):
         rewriter.model.facts["learned"] = True
+    if staged.method.at_most:
+        rewriter.model.facts[AT_MOST] = True  # and so are all that are made of it
     return rewriter.done(), told
 
 
@@ -264,7 +268,7 @@ def _costed(
         peak_of(staged.method, source, work, target, _opened(texts), staged.seq),
         cost.bytes,
         seconds_of(staged.method, source, work, target) + cost.bytes / target.disk_write,
-        promise(staged.method.contract),
+        promise(staged.method.contract) | ({"size": "at most"} if made.facts.get(AT_MOST) else {}),
         selector_report(staged.method, source),
     )
 

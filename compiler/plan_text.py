@@ -48,11 +48,12 @@ def _lines(record: Record) -> Iterator[str]:
 
 
 def _row(stage: Record) -> tuple[str, ...]:
+    most = "<= " if stage["contract"].get("size") else ""
     return (
         stage["name"],
         stage["method"],
-        fmt_count(stage["params"]),
-        fmt_bytes(stage["bytes"]),
+        most + fmt_count(stage["params"]),
+        most + fmt_bytes(stage["bytes"]),
         fmt_count(stage["flops_per_token"]),
         _cache(stage),
         fmt_bytes(stage["peak_bytes"]),

@@ -29,8 +29,6 @@ _SYNONYMS = {
 def positional(here: Names, node: tree.Call, entry: Entry, values: Sequence[tree.Value]) -> list[tree.Entry]:
     """Values without a name, given the names of the arguments that must be there, in order."""
     names = [p.name for p in entry.parameters if p.required] if entry.role != "method" else []
-    if entry.role == "part":
-        names = []
     if len(values) > len(names):
         extra = values[len(names)]
         named = [p.name for p in entry.parameters if p.name not in names]

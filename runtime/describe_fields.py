@@ -60,7 +60,7 @@ def _parameter(cls: type[Spec], field: str, info: FieldInfo) -> Parameter:
         forms = tuple(_sloped(form) for form in forms if form.type != "gradient")
     default = None if info.is_required() else _plain(info.get_default(call_default_factory=True))
     slot = next((form.slot for form in forms if form.slot), None)
-    if slot:
+    if slot and default is None:
         default = next((m.default for m in info.metadata if isinstance(m, Slot)), None)
     return Parameter(name, forms, info.description or "", info.is_required(), default)
 

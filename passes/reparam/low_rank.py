@@ -3,38 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.low_rank_linear import LowRankLinear
 from effc.compiler.contract import HEALED, Contract, Fact
 from effc.compiler.cost import count
-from effc.compiler.method import DataRef, Work
+from effc.compiler.method import DataRef, Slot, Work
 from effc.compiler.model import Model
-from effc.compiler.rewrite import Rewriter
+from effc.compiler.rewrite import Edit, Rewriter
 from effc.compiler.selects import Selects
 from effc.compiler.shapes import Calibrate, Statistic
-from effc.passes._dense import finite, inputs_of, matrix, not_dense, some
+from effc.passes._dense import finite, inputs_of, matrix, some
 from effc.passes._moment import Moment
+from effc.passes.reparam._linears import dtype_of, not_shared, not_single, single, with_bias
+from effc.passes.reparam._rank import RankRule
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.paper import FOLKLORE
 from effc.specs.units import Count, Share
-
-RIDGE = 1e-6
-"""Added to the diagonal of C, as a share of its mean, so that inputs that never vary can be divided by."""
 
 
 class LowRank(Selects, Calibrate):
     """Replace W [o, i] by B A with A [r, i] and B [o, r], the closest of rank r.
 
     metric = weight:      W = U S V^T, B = U_r sqrt(S_r), A = sqrt(S_r) V_r^T: least ||W - BA||.
-    metric = activation:  C = E[x x^T] = R R^T of the inputs, W R = U S V^T, B = U_r sqrt(S_r),
+    metric = activation:  C = E[x x^T] of the inputs and a ridge = R R^T, W R = U S V^T, B = U_r sqrt(S_r),
                           A = sqrt(S_r) V_r^T R^-1: least mean ||(W - BA) x||^2, which is the sum of the
                           s_k^2, k > r.
+
+    rank = energy(95%) takes for each weight the least r whose s_k^2 are that share of all; a weight that
+    would not get smaller by it stays as it is, and a plan has the most that may come out.
 
     Use when: weights have quickly falling spectra and a training stage follows.
     Costs:    one decomposition a weight, o i min(o, i); parameters fall only below rank o i / (o + i).
@@ -47,16 +48,32 @@ class LowRank(Selects, Calibrate):
     examples = (
         'reparam.low_rank(rank = 25%, select = ["mlp"])',
         'reparam.low_rank(rank = 4, metric = activation, data = code, select = ["mlp.down", "attention.o"])',
+        "reparam.low_rank(rank = energy(40%), min_dim = 20)",
     )
-    overrides = ("rank",)
+    overrides = ("rank", "min_dim")
 
     data: DataRef | None = Field(default=None, description="calibration sequences, for metric = activation")  # type: ignore[assignment]
-    rank: Share | Count = Field(
-        default=0.25, gt=0, description="rank kept: a share of the shorter side, or a number"
+    rank: Annotated[Share | Count | RankRule, Slot("reparam.rank")] = Field(
+        default=0.25, description="rank kept: a share of the shorter side, a number, or energy(share)"
     )
     metric: Literal["weight", "activation"] = Field(
         default="weight", description="what the product should stay close in"
     )
+    min_dim: Count = Field(default=0, description="weights with a shorter side below this stay as they are")
+    ridge: float = Field(
+        default=1e-6, gt=0, le=1, description="added to the diagonal of C, as a share of its mean"
+    )
+    allow_tied: bool = Field(
+        default=False,
+        description="factor shared weights too: linears that share one share its factors, a table keeps it",
+    )
+
+    @field_validator("rank")
+    @classmethod
+    def _above_zero(cls, rank: object) -> object:
+        if isinstance(rank, int | float) and not rank:
+            raise ValueError("a rank is above 0")
+        return rank
 
     @model_validator(mode="after")
     def _data_fits_metric(self) -> Self:
@@ -66,39 +83,52 @@ class LowRank(Selects, Calibrate):
             raise ValueError("metric = weight looks at no data; leave `data` out, or use metric = activation")
         return self
 
+    @property
+    def at_most(self) -> bool:
+        return isinstance(self.rank, RankRule)
+
+    def targets(self, model: Model) -> dict[str, Self]:
+        """Path -> the method as it applies there, without weights below `min_dim`."""
+        found = super().targets(model)
+        return {p: m for p, m in found.items() if not m.min_dim or _shorter(model.module(p)) >= m.min_dim}
+
     def rank_of(self, module: nn.Module) -> int:
-        """The rank kept at a linear."""
-        shorter = min(matrix(module).shape)
-        return self.rank if isinstance(self.rank, int) else max(1, int(self.rank * shorter + 0.5))
+        """The rank kept at a linear; by a rule, the first that saves nothing, as its limit."""
+        if isinstance(self.rank, RankRule):
+            return _even(*matrix(module).shape) + 1
+        return self.rank if isinstance(self.rank, int) else max(1, int(self.rank * _shorter(module) + 0.5))
 
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
         targets = self.targets(model)
-        found = list(not_dense(self.kind, "factor", model, targets))
-        plain = {p: m for p, m in targets.items() if isinstance(model.module(p), Linear | nn.Linear)}
-        if not found and len(plain) < len(targets):
-            odd = [p for p in targets if p not in plain]
-            types = sorted({type(model.module(p)).__name__ for p in odd})
-            found.append(
-                Diagnostic(
-                    "E323",
-                    f"`{self.kind}` factors single linears only",
-                    notes=(f"{some(odd)}: {', '.join(types)}",),
-                    help="leave these modules out with `except`",
-                )
+        if not targets:
+            help_ = (
+                f"use a min_dim of at most {max(_shorter(model.module(p)) for p in super().targets(model))}"
             )
-        return [*found, *self._wrong_ranks(model, plain), *self._shared(model, plain)]
+            title = f"no selected weight has a shorter side of {self.min_dim}"
+            return [Diagnostic("E340", title, help=help_, about="min_dim")]
+        found = list(not_single(self.kind, "factor", model, targets))
+        plain = {p: targets[p] for p in single(model, targets)}
+        found += self._wrong_ranks(model, plain)
+        if not self.allow_tied:
+            help_ = (
+                "factor before the stage that ties, leave these out with `except`, or write allow_tied = true"
+            )
+            found += not_shared(self.kind, "factor", model, plain, help_)
+        return found
 
     def _wrong_ranks(self, model: Model, targets: Mapping[str, LowRank]) -> Iterator[Diagnostic]:
         """One diagnostic for each rank that saves nothing somewhere, with one that saves everywhere."""
         seen: dict[object, dict[tuple[int, int, int], list[str]]] = {}
         for path, method in targets.items():
+            if isinstance(method.rank, RankRule):
+                continue
             rows, inputs = matrix(model.module(path)).shape
             rank = method.rank_of(model.module(path))
             if rank * (rows + inputs) >= rows * inputs:
                 seen.setdefault(method.rank, {}).setdefault((rank, rows, inputs), []).append(path)
         for shapes in seen.values():
             (rank, rows, inputs), paths = next(iter(shapes.items()))
-            even = [((r * i - 1) // (r + i), min(r, i)) for _, r, i in shapes]
+            even = [(_even(r, i), min(r, i)) for _, r, i in shapes]
             share = min(int(100 * most / short) for most, short in even)
             yield Diagnostic(
                 "E340",
@@ -111,22 +141,13 @@ class LowRank(Selects, Calibrate):
                 about="rank",
             )
 
-    def _shared(self, model: Model, targets: Mapping[str, LowRank]) -> Iterator[Diagnostic]:
-        ties = model.ties()
-        names = {name for pair in ties.items() for name in pair}
-        shared = [path for path in targets if f"{path}.weight" in names]
-        if shared:
-            yield Diagnostic(
-                "E341",
-                f"`{self.kind}` cannot factor a weight that is shared",
-                notes=(f"{some(shared)} shares its weight with another module",),
-                help="factor before the stage that ties, or leave these modules out with `except`",
-            )
-
     def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
+        ties = rw.model.ties()
         with rw.together():
             for path, method in self.targets(rw.model).items():
-                rw.swap(path, _blank(rw.module(path), method.rank_of(rw.module(path))))
+                unit = _blank(rw.module(path), method.rank_of(rw.module(path)))
+                owner = ties.get(f"{path}.weight", "").removesuffix(".weight")
+                rw.swap(path, _sharing(rw, owner, unit))
 
     def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
         return list(paths) if self.metric == "activation" else []
@@ -140,11 +161,23 @@ class LowRank(Selects, Calibrate):
         targets = self.targets(rw.model)
         errors: dict[str, float] = {}
         for path in paths:
+            if path not in targets:  # too small
+                continue
             module = rw.module(path)
+            owner = rw.origins.get(f"{path}.weight", "").removesuffix(".weight")
+            if owner != path and isinstance(there := _factored(rw, owner), LowRankLinear):
+                rw.swap(path, _sharing(rw, owner, _blank(module, there.rank)), f"the factors of {owner}")
+                continue
             finite(path, w := matrix(module))
-            unit = _blank(module, targets[path].rank_of(module))
             root = self._root(path, seen) if self.metric == "activation" else None
-            b, a, errors[path] = factors(w.float(), unit.rank, root)
+            u, s, vh = spectrum(w.double() if w.element_size() == 8 else w.float(), root)
+            rule = targets[path].rank
+            rank = rule.of(s) if isinstance(rule, RankRule) else targets[path].rank_of(module)
+            if isinstance(rule, RankRule) and rank > _even(*w.shape):
+                rw.log.append(Edit("keep", path, f"rank {rank} of {min(w.shape)} would save nothing"))
+                continue
+            unit = _blank(module, rank)
+            b, a, errors[path] = cut(u, s, vh, rank, root)
             unit.b, unit.a = (nn.Parameter(t.to(w.dtype), requires_grad=False) for t in (b, a))
             rw.swap(path, unit, f"rank {unit.rank} of {min(w.shape)}")
         return errors
@@ -163,7 +196,7 @@ class LowRank(Selects, Calibrate):
             )
         c = moment.mean().double()
         root: Tensor = torch.linalg.cholesky(
-            c + torch.eye(c.shape[0], dtype=c.dtype) * (RIDGE * c.diagonal().mean())
+            c + torch.eye(c.shape[0], dtype=c.dtype) * (self.ridge * c.diagonal().mean())
         )
         return root
 
@@ -179,10 +212,13 @@ class LowRank(Selects, Calibrate):
         return Work(flops, solving, exact=squares, memory=8 * largest)
 
 
-def factors(w: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Tensor, float]:
-    """w [o, i] -> B [o, r], A [r, i] and the relative error: of outputs where `root` is given."""
-    seen = w if root is None else w.double() @ root
-    u, s, vh = torch.linalg.svd(seen, full_matrices=False)
+def spectrum(w: Tensor, root: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V^T of w [o, i], or of w R where `root` is R."""
+    return torch.linalg.svd(w if root is None else w.double() @ root, full_matrices=False)  # type: ignore[no-any-return]
+
+
+def cut(u: Tensor, s: Tensor, vh: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    """B [o, r], A [r, i] and the relative error that the values behind r are: of outputs with `root`."""
     half = s[:rank].sqrt()
     b, a = u[:, :rank] * half, half[:, None] * vh[:rank]
     if root is not None:
@@ -192,14 +228,42 @@ def factors(w: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Tensor, 
     return b, a, (lost / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def _blank(module: Linear, rank: int) -> LowRankLinear:
-    """An empty unit for a linear; it keeps the bias."""
-    unit = LowRankLinear(
-        in_features=module.in_features,
-        out_features=module.out_features,
-        rank=rank,
-        bias=module.bias is not None,
-        dtype=str(module.weight.dtype).removeprefix("torch."),
-    )
-    unit.bias = module.bias
+def factors(w: Tensor, rank: int, root: Tensor | None) -> tuple[Tensor, Tensor, float]:
+    """w [o, i] -> B [o, r], A [r, i] and the relative error: of outputs where `root` is given."""
+    return cut(*spectrum(w, root), rank, root)
+
+
+def _shorter(module: nn.Module) -> int:
+    """The shorter side of a weight; of what has none, as long as any."""
+    weight = module._parameters.get("weight")
+    return min(weight.shape[-2:]) if weight is not None and weight.dim() > 1 else 2**31
+
+
+def _even(rows: int, inputs: int) -> int:
+    """The largest rank whose factors hold less than the weight; 0 for a weight of one row or column."""
+    return (rows * inputs - 1) // (rows + inputs)
+
+
+def _factored(rw: Rewriter, path: str) -> nn.Module | None:
+    """What is at a path of the model by now; None where there is nothing."""
+    return rw.module(path) if path in rw.model.roles else None
+
+
+def _sharing(rw: Rewriter, owner: str, unit: LowRankLinear) -> LowRankLinear:
+    """The unit, on the factors of the one that a weight was shared with, where that one has any."""
+    if isinstance(there := _factored(rw, owner), LowRankLinear):
+        unit.a, unit.b = there.a, there.b
     return unit
+
+
+def _blank(module: nn.Module, rank: int) -> LowRankLinear:
+    """An empty unit for a linear; it keeps the bias."""
+    rows, inputs = matrix(module).shape
+    unit = LowRankLinear(
+        in_features=inputs,
+        out_features=rows,
+        rank=rank,
+        bias=module._parameters.get("bias") is not None,
+        dtype=dtype_of(module),
+    )
+    return with_bias(unit, module)

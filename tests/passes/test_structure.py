@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from effc.compiler.blocks.low_rank_linear import LowRankLinear
 from effc.compiler.cost import count
 from effc.compiler.method import Context
 from effc.compiler.model import Model
@@ -18,6 +19,7 @@ from effc.passes.quantize.rtn import RTN
 from effc.passes.reparam.low_rank import LowRank, factors
 from effc.passes.tie.recursive import Recursive
 from effc.runtime.calibrate import calibrate
+from effc.runtime.parts.reparam.rank.energy import Energy
 from effc.specs.recipe import Ref
 
 from .tiny_models import Sequences, blank, filled, on_meta, outputs
@@ -225,3 +227,65 @@ def test_quantizing_layers_that_share_says_what_a_fold_would_cost() -> None:
     alone = rewritten(Recursive(loops=2), filled(blank(layers=4)))
     assert not RTN(bits=8).refuses(alone), "what the help says works"
     assert rewritten(RTN(bits=8), alone).ties()
+
+
+def test_energy_takes_the_least_rank_that_holds_it() -> None:
+    s = torch.tensor([3.0, 2.0, 1.0, 1.0])  # squares 9, 4, 1, 1 of 15
+    assert [Energy(share=share).of(s) for share in (0.5, 0.6, 0.61, 13 / 15, 0.9, 14 / 15, 0.99)] == [
+        1, 1, 2, 2, 3, 3, 4,
+    ]  # fmt: skip
+
+
+def test_a_rank_by_energy_follows_the_weights_and_never_grows_them(tiny: Model) -> None:
+    low = tiny.module("layers.1.mlp.up")
+    low.weight = torch.nn.Parameter(planted(48, 32, 3, seed=5), requires_grad=False)
+    method = LowRank(rank=Energy(share=0.97))
+    thin = calibrate(method, tiny, Context()).model
+    assert thin.module("layers.1.mlp.up").rank <= 3
+    assert {type(unit).__name__ for path, unit in thin.units() if path.endswith((".q", ".down"))} == {
+        "Linear"
+    }
+    rw = Rewriter(on_meta(tiny), method.kind)
+    method.outline(rw, ())
+    assert method.at_most
+    assert count(thin).params < count(tiny).params <= count(rw.done()).params
+
+
+def test_small_weights_stay(tiny: Model) -> None:
+    thin = calibrate(LowRank(rank=4, min_dim=20), tiny, Context()).model
+    small = {p for p, u in thin.units() if isinstance(u, LowRankLinear)}
+    assert small
+    assert not {p for p in small if p.endswith((".k", ".v"))}, "16 rows"
+    said = LowRank(rank=4, min_dim=64).refuses(tiny)[0]
+    assert (said.code, said.about) == ("E340", "min_dim")
+    assert "at most 32" in str(said.help)
+
+
+def test_shared_weights_share_their_factors(tiny: Model) -> None:
+    looped = rewritten(Recursive(loops=2), tiny)
+    assert LowRank(rank=8).refuses(looped)[0].code == "E341"
+    method = LowRank(rank=8, allow_tied=True)
+    thin = calibrate(method, looped, Context()).model
+    first, second = (thin.module(f"layers.{n}.mlp.up") for n in (1, 4))
+    assert first.a is second.a
+    assert first.b is second.b
+    rw = Rewriter(on_meta(looped), method.kind)
+    method.outline(rw, ())
+    assert count(rw.done()) == count(thin)
+    with_head = LowRank(rank=8, allow_tied=True, select=("head",))
+    apart = calibrate(with_head, tiny, Context()).model
+    assert isinstance(apart.module("head"), LowRankLinear)
+    assert torch.equal(apart.module("embedding").weight, tiny.module("embedding").weight)
+    assert count(apart).params == count(tiny).params + 8 * (48 + 32)
+
+
+def test_full_energy_of_a_low_rank_model_is_the_model() -> None:
+    """EXACT where the rank is that of the weight."""
+    model = filled(blank(layers=2))
+    for seed, path in enumerate(model.paths("mlp") + model.paths("attention")):
+        weight = model.module(path).weight
+        weight.data.copy_(planted(*weight.shape, 5, seed) * 0.05)
+    assert gap(calibrate(LowRank(rank=5), model, Context()).model, model) < 1e-5
+    found = calibrate(LowRank(rank=Energy(share=1 - 1e-9)), model, Context()).model
+    assert {u.rank for _, u in found.units() if isinstance(u, LowRankLinear)} == {5}
+    assert gap(found, model) < 1e-4

@@ -1,0 +1,1 @@
+"""Parts of stages that write weights in another form."""

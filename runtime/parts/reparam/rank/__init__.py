@@ -1,0 +1,1 @@
+"""How many singular values a factored weight keeps."""
