@@ -3,7 +3,9 @@
 As it comes (triton 3.6 to 3.9) it multiplies bit patterns in `tl.dot`, adds bit patterns, and cuts float32
 off instead of rounding it. Here every operation on bfloat16 is done in float32 and rounded to nearest even,
 which is what the hardware does for one operation; a product and a sum that a GPU fuses round once there and
-twice here. Only for a process that has `TRITON_INTERPRET=1`, and that compiles nothing.
+twice here. Float8 rounds to nearest even too, and values beyond its range become its largest, where the
+interpreter halves what rounds up to a power of two. Only for a process that has `TRITON_INTERPRET=1`, and
+that compiles nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -35,6 +38,21 @@ def narrow(values: Any) -> Any:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32).astype(np.uint64)
     rounded = ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+_BYTES = {tl.float8e4nv: (torch.float8_e4m3fn, 448.0), tl.float8e5: (torch.float8_e5m2, 57344.0)}
+
+
+def narrowest(values: Any, kind: Any) -> Any:
+    """float32 -> uint8 patterns of a float8, to nearest even, at most its largest"""
+    to, most = _BYTES[kind]
+    limited = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-most, most)
+    return limited.to(to).view(torch.uint8).numpy()
+
+
+def widest(bits: Any, kind: Any) -> Any:
+    """uint8 patterns of a float8 -> float32"""
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(_BYTES[kind][0]).float().numpy()
 
 
 @contextmanager
@@ -94,6 +112,13 @@ def _arithmetic() -> dict[str, Callable[..., Any]]:
         return _down(source if source.dtype.scalar == tl.float32 else cast(self, source, tl.float32))
 
     def create_fp_to_fp(self: Any, source: Any, to: Any, rounding: Any) -> Any:
+        if source.dtype.scalar in _BYTES:
+            wide = _Handle(widest(source.data, source.dtype.scalar), tl.float32)
+            return wide if to.scalar == tl.float32 else cast_impl(self, wide, to)
+        if to.scalar in _BYTES:
+            wide = _up(source)
+            wide = wide if wide.dtype.scalar == tl.float32 else cast(self, wide, tl.float32)
+            return _Handle(narrowest(wide.data, to.scalar), to.scalar)
         if tl.bfloat16 in (source.dtype.scalar, to.scalar):
             return cast_impl(self, source, to)
         return convert(self, source, to, rounding)

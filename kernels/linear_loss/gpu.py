@@ -53,7 +53,7 @@ def _pair(spec: LinearLossSpec, t: int, k: int, v: int, large: float, seed: int)
         labels[1] = -100
     dloss = torch.rand(t, generator=dice) + 0.5
     leaves = [tensor.double().requires_grad_() for tensor in (x, w)]
-    found = reference(spec, *leaves, labels)
+    found = reference(spec, leaves[0], leaves[1], labels)
     given = {"x": x, "w": w, "labels": labels}
 
     def forward() -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effc.kernels.byte_linear.layout import quantize_rows
 from effc.kernels.gpu.check import Case
 from effc.kernels.norm.emit_triton import NormGpuSpec, emit
 from effc.kernels.norm.reference import reference
@@ -48,9 +49,14 @@ def _pair(spec: NormGpuSpec, m: int, d: int, seed: int) -> Iterator[Case]:
 
     def forward() -> dict[str, Tensor]:
         due = {"y": y.detach(), "inverse": inverse}
+        if spec.to:
+            q, rows = quantize_rows(spec.to, due.pop("y"))
+            due |= {"q": q.float(), "rows": rows}
+            if spec.run:
+                due["totals"] = due["q"].view(m, -1, spec.run).sum(-1).t()
         if spec.form == "layer":
             due["mean"] = mean
-        if spec.run:
+        if spec.run and not spec.to:
             due["sums"] = y.detach().view(m, -1, spec.run).sum(-1).t()
         return due
 
@@ -60,6 +66,8 @@ def _pair(spec: NormGpuSpec, m: int, d: int, seed: int) -> Iterator[Case]:
 
     shared = {"gain": gain} | ({"bias": bias} if bias is not None else {})
     yield Case(f"forward [{m}, {d}]", {"x": x, **shared}, forward, 2e-5, entry="forward")
+    if spec.to:
+        return
     given = {"dy": dy, "x": x, "gain": gain, "inverse": inverse.float()}
     if spec.form == "layer":
         given["mean"] = mean.float()

@@ -22,6 +22,10 @@ NORMS = (
     NormGpuSpec(eps=1e-5, run=64, programs=2),
     NormGpuSpec(form="layer", eps=1e-6, bias=True, offset=1.0, programs=4),
 )
+BYTES = (
+    NormGpuSpec(eps=1e-5, run=64, to="int8"),
+    NormGpuSpec(form="layer", eps=1e-6, bias=True, to="float8"),
+)
 GATED = (GatedSpec(run=128), GatedSpec(activation="gelu_tanh"))
 
 
@@ -30,7 +34,7 @@ def job(op: str, spec: KernelSpec, text: str | None = None) -> dict[str, Any]:
 
 
 def test_values_bounds_and_races() -> None:
-    jobs = [*(job("norm.gpu", spec) for spec in NORMS), *(job("gated.gpu", spec) for spec in GATED)]
+    jobs = [*(job("norm.gpu", spec) for spec in NORMS + BYTES), *(job("gated.gpu", spec) for spec in GATED)]
     found = check.run("interpret", jobs)
     assert {str(one["spec"]): words for one, words in zip(jobs, found, strict=True) if words} == {}
 
@@ -48,6 +52,12 @@ NORM_FAULTS = {
     "gains not added up": ("gain_sum += d * n", "gain_sum = d * n", "dgain"),
     "one part left out": ("for p in range(P):", "for p in range(P - 1):", "d"),
 }  # fmt: skip
+BYTES_FAULTS = {
+    "a row's scale upside down": ("rows + row, most *", "rows + row, stretch *", "rows"),
+    "one too many": ("12582912.0) - 12582912.0", "12582912.0) - 12582911.0", ""),
+    "sums before rounding": ("b.to(tl.int32), (BLOCK", "(n * stretch).to(tl.int32), (BLOCK", "totals"),
+    "a row of the largest alone": ("tl.max(tl.abs(n))", "tl.max(n)", "forward"),
+}
 GATED_FAULTS = {
     "halves swapped": ("a * s * b", "b * s * a * s", "forward"),
     "sums of rows": ("sums + g * M + row", "sums + row * M + g", ""),
@@ -60,6 +70,7 @@ def test_seeded_faults_are_found() -> None:
     jobs, due = [], {}
     for op, spec, text, faults in (
         ("norm.gpu", NORMS[1], norm.emit(NORMS[1]), NORM_FAULTS),
+        ("norm.gpu", BYTES[0], norm.emit(BYTES[0]), BYTES_FAULTS),
         ("gated.gpu", GATED[0], gated.emit(GATED[0]), GATED_FAULTS),
     ):
         for name, (old, new, by) in faults.items():
