@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -23,7 +26,8 @@ class Moment:
         if self._closed:
             raise RuntimeError("inputs were added behind the mean")
         wide = x.float()
-        self.total.addmm_(wide.T, wide)
+        with _exact_halves() if x.dtype == torch.bfloat16 else nullcontext():
+            self.total.addmm_(wide.T, wide)
         self.rows += x.shape[0]
 
     def state(self) -> dict[str, Tensor]:
@@ -35,3 +39,21 @@ class Moment:
             self._closed = True
             self.total.div_(max(1, self.rows))
         return self.total
+
+
+@contextmanager
+def _exact_halves() -> Iterator[None]:
+    """Multiply float32 numbers that are bfloat16 ones in bfloat16: products and sums stay float32.
+
+    Nothing is lost, since the numbers have no more bits, and units made for it are three times as fast.
+    """
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if not known.get("amx_bf16"):
+        yield
+        return
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

@@ -28,7 +28,7 @@ from effc.compiler.shapes import Calibrate, Observe, Statistic, Survey
 from effc.compiler.step import Step
 from effc.compiler.weights import LazyTensor
 from effc.runtime.data._several import Several, split_of
-from effc.runtime.heap import returning
+from effc.runtime.heap import keeping, returning
 from effc.runtime.hidden import Hidden
 from effc.runtime.peak import trim
 from effc.runtime.watch import Snapshot, Watch, restore
@@ -93,7 +93,7 @@ class _Run:
         seen: dict[int, Tensor] = {}
         self._enter()
         for index, part in enumerate(self.parts):
-            with self._present(part):
+            with self._present(part), keeping():
                 for batch in self.hidden:
                     before = self.hidden.get(batch)
                     after = self._through(index, batch, before)
@@ -111,8 +111,7 @@ class _Run:
         for index, part in enumerate(self.parts):
             with self._present(part):
                 found |= self._watch(part, index)
-                for batch in self.hidden:
-                    self.hidden.put(batch, self._through(index, batch, self.hidden.get(batch)))
+                self._carry(index)
             self._tick(index + 1)
         return found
 
@@ -127,8 +126,7 @@ class _Run:
             with self._present(part):
                 errors |= self._unit(part, self._watch(part, index))
                 if index + 1 < len(self.parts) or self.after.paths:
-                    for batch in self.hidden:
-                        self.hidden.put(batch, self._through(index, batch, self.hidden.get(batch)))
+                    self._carry(index)
             self._tick(index + 1)
         if self.after.paths:
             with self._present(self.after):
@@ -160,11 +158,10 @@ class _Run:
         if not part.paths or (journal is not None and journal.done(part.name)):
             return {}
         watched = self.method.watch(self.rw, part.paths)
-        with Watch(self.method, self.rw, watched) as watch:
+        with Watch(self.method, self.rw, watched) as watch, keeping():
             for batch in self.hidden if watched else []:
                 watch.forget_inputs()
                 self._through(index, batch, self.hidden.get(batch))
-        trim()
         return watch.seen
 
     @contextmanager
@@ -208,6 +205,12 @@ class _Run:
                 env = {n: given[str(n.target)] for n in self.before.nodes if n.op == "placeholder"}
                 self._run(self.before.nodes, env)
                 self.hidden.put(number, cast(Tensor, env[cast(fx.Node, entry)]))
+
+    def _carry(self, index: int) -> None:
+        """Take the states of all batches through a layer."""
+        with keeping():
+            for batch in self.hidden:
+                self.hidden.put(batch, self._through(index, batch, self.hidden.get(batch)))
 
     def _through(self, index: int | None, batch: int, x: Tensor) -> Tensor:
         """The states x [B, T, D] of a batch through one layer (None: through what lies behind the layers)."""

@@ -7,8 +7,13 @@ zero = 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Find = Callable[[Tensor, int, bool, torch.dtype], tuple[Tensor, Tensor]]
+"""Fits the grid of groups: `fit` or `fit_least_squares`."""
 
 SHRINKS = tuple(1 - k / 20 for k in range(10))
 """Factors on the range that `clip = mse` tries."""

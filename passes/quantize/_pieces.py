@@ -18,7 +18,7 @@ from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Statistic
 from effc.passes._dense import finite, matrix
 from effc.passes._moment import Moment
-from effc.passes.quantize._grid import decode, fit
+from effc.passes.quantize._grid import decode, fit, fit_least_squares
 from effc.passes.quantize._solve import factor, relative, solve, squares
 from effc.passes.quantize._uniform import nearest
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -55,7 +55,7 @@ class Piece:
     def grid(self) -> tuple[Any, ...]:
         """Everything that must be equal for two matrices to be solved in one go."""
         m = self.method
-        return (m.bits, self.group, m.scheme, m.scale, m.damp, m.order, m.block)
+        return (m.bits, self.group, m.scheme, m.scale, m.clip, m.damp, m.order, m.block)
 
 
 def pieces_of(rw: Rewriter, path: str, method: GPTQ, seen: Mapping[str, Statistic]) -> Iterable[Piece]:
@@ -103,9 +103,10 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
     first = pieces[0]
     method = first.method
     symmetric = method.scheme == "symmetric"
+    find = fit_least_squares if method.clip == "mse" else fit
     if first.moment is None:
         q, scale, zero, first.error = nearest(
-            first.w, method.bits, first.w.shape[1] // first.group, symmetric, method.store, fit
+            first.w, method.bits, first.w.shape[1] // first.group, symmetric, method.store, find
         )
         first.rounded = (q, scale, zero)
         return
@@ -131,7 +132,7 @@ def round_together(kind: str, pieces: Sequence[Piece]) -> None:
     for strip in _strips(pieces):
         live = torch.cat([rows.float() for _, rows in strip]).masked_fill_(dead, 0.0)
         q, scale, zero = solve(
-            live, u, method.bits, first.group, symmetric, method.store, method.block, order
+            live, u, method.bits, first.group, symmetric, method.store, method.block, order, find
         )
         counts = [len(rows) for _, rows in strip]
         splits = zip(*(t.split(counts) for t in (live, q, scale, zero)), strict=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from effc.passes.quantize._grid import decode, encode, fit
+from effc.passes.quantize._grid import Find, decode, encode
 
 STRIP = 512
 """Columns that are copied or looked at together, where a copy of the whole would be one too many."""
@@ -58,15 +58,17 @@ def solve(
     store: torch.dtype,
     block: int,
     order: Tensor | None,
+    find: Find,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """w [R, i] float32 -> codes [R, i], scale [R, G], zero [R, G], all float32; `group` inputs share a scale.
+    """w [R, i] float32 -> codes [R, i], scale [R, G], zero [R, G], all float32; `group` inputs share a scale
+    that `find` fits.
 
     For column j: q_j = round(w_j), e = (w_j - q_j) / U_jj, W[:, j:] -= e U[j, j:]. A group's grid is fitted
     when its first column is reached. With `order`, a permutation of the columns that U is in too, columns are
     rounded in that order and every grid is fitted beforehand, so no index is stored.
     """
     rows, inputs = w.shape
-    scale, zero = fit(w.view(rows, -1, group), bits, symmetric, store)
+    scale, zero = find(w.view(rows, -1, group), bits, symmetric, store)
     wt = w.T.contiguous() if order is None else w.T[order]
     qt = torch.empty_like(wt)
     home = torch.arange(inputs) if order is None else order
@@ -78,8 +80,8 @@ def solve(
         for j in range(end - start):
             at = groups[start + j]
             if order is None and (start + j) % group == 0:
-                part = wt[start + j : start + j + group].T.unsqueeze(1)
-                scale[:, at : at + 1], zero[:, at : at + 1] = fit(part, bits, symmetric, store)
+                part = wt[start + j : start + j + group].T.contiguous().unsqueeze(1)
+                scale[:, at : at + 1], zero[:, at : at + 1] = find(part, bits, symmetric, store)
             column, s, z = here[j].unsqueeze(1), scale[:, at], zero[:, at]
             q = encode(column, s, z, bits)
             qt[start + j] = q.squeeze(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, cast
 
 import torch
@@ -19,7 +19,7 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
 from effc.passes._dense import divisors_near, inputs_of, not_dense, some
-from effc.passes.quantize._grid import decode, encode
+from effc.passes.quantize._grid import Find, decode, encode
 from effc.specs.diagnostic import Diagnostic
 
 _SCALES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -82,9 +82,6 @@ PackedUnit = QuantLinear | QuantStackedLinear | QuantEmbedding
 
 CHUNK = 1 << 20
 """Weights that are rounded at once; bounds the memory beyond the model itself."""
-
-Find = Callable[[Tensor, int, bool, torch.dtype], tuple[Tensor, Tensor]]
-"""Fits the grid of groups: `fit` or `fit_least_squares`."""
 
 
 def packed_unit(module: nn.Module, grid: dict[str, object]) -> PackedUnit:

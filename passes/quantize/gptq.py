@@ -31,6 +31,9 @@ class GPTQ(Uniform, Calibrate):
     With H = 2 E[x x^T] of the layer's inputs and inv(H) = U^T U, for every column j:
     q_j = round(w_j), e = (w_j - q_j) / U_jj, W[:, j:] -= e U[j, j:].
 
+    A group's range is fitted when its first column is reached; `clip = mse` shrinks it to the one of ten with
+    the least squared error of the weights as they then are.
+
     Layers run in order, each on what the quantized layers before it produce; q, k, v share one H, and so do
     gate and up. A table that is looked up sees no inputs and is rounded to nearest, as is an expert that no
     token chose.
@@ -57,6 +60,10 @@ class GPTQ(Uniform, Calibrate):
         default="channel", description="inputs that share a scale; `channel`: a whole row"
     )
     bits: Annotated[int, Unit("bits")] = Field(default=4, ge=2, le=8, description="bits of a code")
+    clip: Literal["none", "mse"] = Field(
+        default="mse",
+        description="how the range of a group is chosen: whole, or with the least squared error",
+    )
     damp: Annotated[float, Unit("share")] = Field(
         default=0.01, gt=0, le=0.1, description="added to the diagonal of H, as a share of its mean"
     )
@@ -113,12 +120,13 @@ class GPTQ(Uniform, Calibrate):
     def work(self, model: Model, seq: int = 0) -> Work:
         tokens = self.samples * seq
         flops = 2.0 * tokens * count(model, seq // 2).flops_per_token
+        tries = 100.0 if self.clip == "mse" else 10.0
         squares, solving, largest, nbytes = 0.0, 0.0, 0, 0
         for path in self.targets(model):
             w = matrix(model.module(path))
             rows, inputs = w.shape
             squares += 2.0 * tokens * inputs**2  # X X^T, in float32
-            solving += 2.0 * rows * inputs**2 + inputs**3
+            solving += 2.0 * rows * inputs**2 + inputs**3 + tries * rows * inputs
             together = min(rows * inputs, TOGETHER)
             largest = max(largest, 4 * (2 * inputs**2 + 4 * together))  # C and its factor
             nbytes += w.numel() * w.element_size()

@@ -167,6 +167,28 @@ def naive(w: Tensor, h: Tensor, bits: int, group: int, symmetric: bool, damp: fl
     return out
 
 
+def test_a_moment_of_half_precision_inputs_loses_nothing() -> None:
+    x = gauss(300, 64).bfloat16()
+    moment = Moment(64)
+    for part in x.split(100):
+        moment.add(part)
+    exact = x.double().T @ x.double() / 300
+    assert float((moment.mean() - exact).abs().max()) < 1e-6 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_ranges_of_least_error_leave_less_of_it_in_outputs(symmetric: bool) -> None:
+    w, x = gauss(64, 256), gauss(2000, 256)
+    c = x.T @ x / len(x)
+    found = factor(c, 0.01)
+    assert found is not None
+    lost = []
+    for find in (fit, fit_least_squares):
+        q, scale, zero = solve(w, found[0], 3, 64, symmetric, torch.float16, 128, None, find)
+        lost.append(output_error(w, decode(q.view(64, 4, 64), scale, zero).view_as(w), c))
+    assert lost[1] < 0.97 * lost[0]
+
+
 @pytest.mark.parametrize(("group", "block"), [(32, 128), (8, 16), (16, 8), (12, 10), (96, 40)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_gptq_equals_the_naive_solver(group: int, block: int, symmetric: bool) -> None:
@@ -176,7 +198,7 @@ def test_gptq_equals_the_naive_solver(group: int, block: int, symmetric: bool) -
     h = 2 * moment.mean()
     found = factor(h, 0.01)
     assert found is not None
-    q, scale, zero = solve(w, found[0], 3, group, symmetric, torch.float16, block, None)
+    q, scale, zero = solve(w, found[0], 3, group, symmetric, torch.float16, block, None, fit)
     mine = decode(q.view(12, 96 // group, -1), scale, zero).view_as(w)
     expected = naive(w, h, 3, group, symmetric, 0.01)
     same = torch.isclose(mine.double(), expected, rtol=2e-3, atol=0)  # a scale may differ in its last bit
@@ -196,7 +218,7 @@ def test_gptq_halves_the_output_error_of_rounding(bits: int) -> None:
     assert damp == 0.01
     for order in (None, h.diagonal().argsort(descending=True)):
         turned = u if order is None else (factor(h, 0.01, order) or (h, 0.0))[0]
-        q, scale, zero = solve(w, turned, bits, 256, False, torch.float16, 128, order)
+        q, scale, zero = solve(w, turned, bits, 256, False, torch.float16, 128, order, fit)
         solved = decode(q.unsqueeze(1), scale, zero).view_as(w)
         grid = fit(w.unsqueeze(1), bits, False, torch.float16)
         plain = decode(encode(w.unsqueeze(1), *grid, bits), *grid).view_as(w)
