@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -111,6 +111,7 @@ def arranged(
                 places[moved + tail] = (target + tail, new)
         used.add(old)
         stream = nodes[cast(fx.Node, segment.exit)]
+    _told(modules)
     for index in range(len(layers)):
         nodes[cast(fx.Node, layers[index].exit)] = stream
     for node in after:
@@ -119,6 +120,19 @@ def arranged(
         else:
             take(node)
     return module_of(modules, graph), places
+
+
+def _told(modules: Mapping[str, nn.Module]) -> None:
+    """What a block hears of an earlier one must be told before it."""
+    told: set[str] = set()
+    for path, module in modules.items():
+        if (name := getattr(module, "hears", None)) is not None and name not in told:
+            note = f"`{path}` computes with what an earlier layer hands on, and that layer would be gone"
+            help_ = "rearrange layers before the stage that lets them share"
+            title = "a layer would lose what it hears of another"
+            raise EffcError(Diagnostic("E402", title, (), (note,), help_))
+        if (name := getattr(module, "tells", None)) is not None:
+            told.add(name)
 
 
 def runs(order: Sequence[int]) -> str:

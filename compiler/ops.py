@@ -1,6 +1,6 @@
 """Ops: the closed set of typed operations that blocks expand into. Lowering and analysis see only these.
 
-Those of recurrent blocks stand in ops_state.py.
+Those of recurrent blocks stand in ops_state.py, those of maps that layers share in ops_maps.py.
 
 Shapes: B sequences, T tokens, S keys, N tokens in a row, d width, H heads of width h, E experts, k active.
 Each op is its definition: positional arguments are values, keyword arguments are attributes. Nothing is
@@ -26,12 +26,13 @@ from effc.compiler.blocks.tempered import gated, kept
 from effc.compiler.blocks.unit import DTYPES
 from effc.compiler.op_kind import OPS, Kind
 from effc.compiler.op_kind import op as _op
+from effc.compiler.ops_maps import heard
 from effc.compiler.ops_state import scan
 from effc.compiler.packing import unpack as _unpack
 from effc.compiler.planes import dense as _of_planes
 from effc.compiler.step import Step
 
-__all__ = ["OPS", "Kind", "scan"]
+__all__ = ["OPS", "Kind", "heard", "scan"]
 
 State = tuple[Tensor, Tensor] | None
 """Keys and values [B, Hk, S, h] of earlier tokens; None before the first."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, S
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from effc.compiler.adapters import Adapters, adapters_of, bare, join, strip, unmixable
 from effc.compiler.alike import unlike
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from effc.compiler.findings import Findings
     from effc.compiler.model import Model
     from effc.compiler.rewrite import Rewriter
+    from effc.compiler.step import Step
 
 Array = NDArray[Any]
 
@@ -114,6 +115,21 @@ class Calibrate(Method):
         """
         raise NotImplementedError
 
+    @property
+    def foresees(self) -> bool:
+        """Whether the whole model must be seen, unchanged, before the first layer is edited."""
+        return False
+
+    def foresee(
+        self, rw: Rewriter, paths: Sequence[str], seen: Mapping[str, Statistic]
+    ) -> Mapping[str, float]:
+        """A number for each module at `paths` of the unchanged model, where `foresees`."""
+        raise NotImplementedError
+
+    def settled(self, model: Model, seen: Mapping[str, float]) -> Self:
+        """The method as it goes on once all numbers of `foresee` are known."""
+        raise NotImplementedError
+
     def rewrite_layer(
         self, rw: Rewriter, paths: Sequence[str], seen: Mapping[str, Statistic]
     ) -> Mapping[str, float]:
@@ -134,6 +150,29 @@ class Observe(Calibrate):
 
     def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
         return []
+
+
+class Inspect(Calibrate):
+    """A calibration that looks at modules of the unchanged model at work, with the step they run in, then
+    edits it as one piece: which layers attend alike.
+    """
+
+    def watched(self, model: Model) -> list[str]:
+        """Paths of the modules to look at."""
+        raise NotImplementedError
+
+    def inspect(self, module: nn.Module, x: Tensor, step: Step) -> Tensor:
+        """What to keep of one run of a watched module: its input x [B, T, D] -> [B, ...]."""
+        raise NotImplementedError
+
+    def rewrite(self, rw: Rewriter, seen: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """Edit the clone; `seen` maps a path to what was kept of all sequences [N, ...]. Returns numbers to
+        report.
+        """
+        raise NotImplementedError
+
+    def watch(self, rw: Rewriter, paths: Sequence[str]) -> list[str]:
+        return list(paths)
 
 
 class Survey(Calibrate):
@@ -158,6 +197,8 @@ class Train(Method):
 
     recuts: ClassVar[bool] = True
     """Whether each pass over the text cuts it elsewhere; not where what is known of a sequence is kept."""
+    remembers: ClassVar[bool] = False
+    """Whether `loss` is handed the model as it came in among the teachers, as `before`."""
     rate: ClassVar[float | None] = None
     """Learning rate where a recipe names no optimizer; None: the optimizer's own."""
 
@@ -205,7 +246,6 @@ class Train(Method):
     def loss(self, student: Model, teachers: Mapping[str, Any], batch: Batch) -> Losses:
         """Named scalars, `total` among them; teachers by field name, as `teach` gave them."""
         raise NotImplementedError
-
 
     def measure(self, model: Model, data: Data) -> Mapping[str, Any]:
         """What the report shall say of the trained model besides its loss; nothing by default."""

@@ -67,6 +67,7 @@ CODES: Mapping[str, str] = {
     "E330": "The model has no layers that could be removed, stacked or shared.",
     "E331": "The number of layers asked for is not one that this model can have.",
     "E332": "Layers that are to share or exchange weights differ in structure.",
+    "E333": "Layers are less alike than they were asked to be in order to share.",
     "E340": "The rank asked for is not one that a selected weight can have, or it saves nothing.",
     "E341": "A selected weight is shared with another module, which the method cannot keep.",
     "W320": "A method leaves a selected layer as it is, since there is nothing it could do there.",

@@ -98,10 +98,14 @@ class Attention(Unit):
         q, k, v = ops("heads_first", q), ops("heads_first", k), ops("heads_first", v)
         if self.rope is not None:
             q, k = (ops("rope", t, ops.step, parameters=self.rope) for t in (q, k))
+        return ops("join_heads", self.expand_attended(ops, x, q, k, v))
+
+    def expand_attended(self, ops: Ops, x: Value, q: Value, k: Value, v: Value) -> Value:
+        """What `attended` computes, in ops."""
         seen = ops("visible", ops.step, x, causal=self.causal, window=self.window)
         y, state = ops.many("attend", q, k, v, seen, ops.past, scale=self.factor, cap=self.cap)
         ops.graph.state = state.number
-        return ops("join_heads", y)
+        return y
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         out: Tensor = self.o(self.mixed(x, step))
@@ -119,11 +123,15 @@ class Attention(Unit):
         if self.rope is not None:
             cos, sin = tables(self.rope, self.head_dim, step, x.dtype)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask, ordered = step.mask(length, self.causal, self.window)
+        y = self.attended(q, k, v, step)
+        return y.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim)
+
+    def attended(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
+        """q [B, H, T, h] over k, v [B, Hk, T, h] and those before them -> [B, H, T, h]."""
+        mask, ordered = step.mask(q.shape[2], self.causal, self.window)
         if step.cache is not None:
             k, v = step.cache.extend(self, k, v)
-        y = attend(q, k, v, mask, ordered, self.factor, self.cap)
-        return y.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim)
+        return attend(q, k, v, mask, ordered, self.factor, self.cap)
 
 
 def attend(
