@@ -111,6 +111,19 @@ def roles_below(gm: fx.GraphModule, path: str) -> dict[str, Role]:
     return {p: role for p in below if (role := canonical(p)) and leaf(gm, p)}
 
 
+def hand_step(gm: fx.GraphModule, path: str, new: nn.Module) -> None:
+    """Give the step to a block that takes it and takes the place of one that did not; and the reverse."""
+    takes = isinstance(new, Unit) and new.takes_step
+    steps = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name == "step"]
+    changed = False
+    for node in gm.graph.nodes if steps else ():
+        if node.op == "call_module" and node.target == path and (steps[0] in node.args) != takes:
+            node.args = (node.args[0], *steps[: int(takes)])
+            changed = True
+    if changed:
+        gm.recompile()
+
+
 def ordered(roles: dict[str, Role]) -> dict[str, Role]:
     """Embedding first, then by layer (order inside a layer stays), then the rest."""
     last = 2**31

@@ -100,6 +100,6 @@ POINTWISE = {"_to_copy", "bitwise_and", "bitwise_or", "bitwise_not", "bitwise_xo
              "gelu", "silu", "_conj", "fake_quantize_per_channel_affine",
              "fake_quantize_per_tensor_affine_cachemask",
              "fake_quantize_per_tensor_affine", "_fake_quantize_per_tensor_affine_cachemask_tensor_qparams",
-             "lerp", "log_sigmoid_forward", "real", "imag", "view_as_real",
+             "floor_divide", "lerp", "log_sigmoid_forward", "real", "imag", "view_as_real",
              "__lshift", "__rshift", "__xor", "to", "type_as"}  # fmt: skip
 """Elementwise, where torch does not say so itself."""

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from effc.compiler.blocks import Linear, Unit
-from effc.compiler.books import Books, Known, balanced, ordered, prefixes, roles_below, spec
+from effc.compiler.books import Books, Known, balanced, hand_step, ordered, prefixes, roles_below, spec
 from effc.compiler.layers import arranged, runs
 from effc.compiler.match import Hit, find
 from effc.compiler.model import Model
@@ -111,6 +111,7 @@ class Rewriter(Books):
         before = self._held or self._known()
         parent, _, name = path.rpartition(".")
         self.model.module(parent)._modules[name] = new
+        hand_step(self.model.gm, path, new)
         new.train(self.model.training)
         roles = {p: r for p, r in self.model.roles.items() if not p.startswith(path + ".")}
         self.model.roles = ordered(roles | roles_below(self.model.gm, path))
@@ -206,7 +207,7 @@ class Rewriter(Books):
         """
         node = self._node(after)
         graph = self.model.gm.graph
-        self.model.gm.add_submodule(path, module)
+        self.model.gm.add_submodule(path, module.train(self.model.training))
         with graph.inserting_after(node):
             takes_step = isinstance(module, Unit) and module.takes_step
             steps = [n for n in graph.nodes if takes_step and n.op == "placeholder" and n.name == "step"]

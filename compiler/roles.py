@@ -39,6 +39,10 @@ ROLES = (
     "moe.channels",
     "router",
     "head",
+    "exit.head",
+    "exit.gate",
+    "learner",
+    "aggregate",
     "scale",
     "fast",
     "cell",
@@ -51,6 +55,8 @@ ROLES = (
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
 _LAST = {"position": "embedding.position", "token_type": "embedding.type", "cls": "embedding.class"}
 _LAST |= dict.fromkeys(("attention_scale", "mlp_scale", "moe_scale"), "scale")
+_LAST |= dict.fromkeys(("learners_in", "learners_out", "choose_in", "choose_out"), "learner")
+_LAST |= dict.fromkeys(("streams_mix", "streams_score"), "aggregate")
 _LAST |= dict.fromkeys(("fast_in", "fast_gate", "fast_out", "q_affine", "k_affine"), "fast")
 _LAST |= dict.fromkeys(("peep", "local", *(f"gate_{name}" for name in "zrcfu")), "cell")
 

@@ -29,10 +29,13 @@ class Cache:
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._states: dict[int, tuple[Tensor, ...]] = {}
 
-    def extend(self, block: object, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [B, Hk, T, h] behind the filled slots; give views of all slots written so far."""
+    def extend(self, block: object, k: Tensor, v: Tensor, slots: int | None = None) -> tuple[Tensor, Tensor]:
+        """Write k, v [B, Hk, T, h] behind the filled slots; give views of all slots written so far.
+
+        `slots`: how many the block ever writes, where that is fewer than the cache has.
+        """
         end = self._end(k)
-        keys, values = self._pair(block, k, v, self.length)
+        keys, values = self._pair(block, k, v, self.length if slots is None else slots)
         keys[:, :, self.filled : end] = k
         values[:, :, self.filled : end] = v
         return keys[:, :, :end], values[:, :, :end]

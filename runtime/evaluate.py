@@ -16,7 +16,9 @@ from torch import Tensor
 from effc.compiler.losses import IGNORED, surprise, weighted
 from effc.compiler.method import Batch, Data
 from effc.compiler.model import Model
+from effc.compiler.plan import ATTENDED
 from effc.compiler.presence import computed_each
+from effc.compiler.spent import Spent, counting
 from effc.compiler.step import Step
 from effc.runtime.data._vocabulary import Ids
 from effc.runtime.data.choices import Question, Questions
@@ -52,6 +54,18 @@ def _answered(model: Model, batches: Iterator[Batch]) -> Iterator[tuple[Batch, T
         return
     while some := list(islice(batches, TOGETHER)):
         yield from zip(some, computed_each(model, [(b.ids, b.step) for b in some]), strict=True)
+
+
+@torch.inference_mode()
+def spent(model: Model, data: Data, split: str = "heldout", limit: int = 64) -> Spent:
+    """What a model computed on the first `limit` sequences of a split: operations, layers that ran."""
+    size = min(limit, data.size(split))
+    rows = max(1, TOKENS // data.batch(split, [0]).ids.shape[1])
+    with counting(model, ATTENDED) as found:
+        for start in range(0, size, rows):
+            batch = data.batch(split, range(start, min(size, start + rows)))
+            model(batch.ids, step=batch.step)
+    return found
 
 
 def bits_per_byte(model: Model, data: Data, split: str = "heldout") -> float:

@@ -40,10 +40,10 @@ def fit(method: Train, model: Model, context: Context) -> Outcome:
         KeyboardInterrupt: when the context asks to stop; a checkpoint is saved before.
     """
     rw = Rewriter(model, method.kind)
-    method.outline(rw, list(context.models.values()))
+    method.prepare(rw, list(context.models.values()))
     method.begin(rw, context.seed)
     rw.model.materialize()
-    training = _Training(method, rw, context)
+    training = _Training(method, rw, context, model)
     with torch.random.fork_rng(devices=[]), keeping():
         training.run()
     return training.outcome()
@@ -52,7 +52,7 @@ def fit(method: Train, model: Model, context: Context) -> Outcome:
 class _Training:
     """One run of the loop: the student that computes, the float32 weights that move, and what drives them."""
 
-    def __init__(self, method: Train, rw: Rewriter, context: Context) -> None:
+    def __init__(self, method: Train, rw: Rewriter, context: Context, before: Model) -> None:
         self.method, self.rw, self.context = method, rw, context
         self.data: Data = context.data["data"]
         self.split = split_of(method)
@@ -61,9 +61,11 @@ class _Training:
         dtype = working_dtype(method.precision, context.device, context.precision)
         self.student = _copy(rw.model, dtype, context.device)
         models = {name: _copy(m, dtype, context.device) for name, m in context.models.items()}
+        if method.remembers:
+            models["before"] = _copy(before, dtype, context.device)
         self.teachers = method.teach(models, self._all(), context)
         self.moving = self._moving()
-        optimizer = method.optimizer or AdamW()
+        optimizer = method.optimizer or (AdamW() if method.rate is None else AdamW(lr=method.rate))
         self.schedule: Schedule = method.schedule or Cosine()
         self.optimizer = optimizer.build(list(self.moving.masters.items()))
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -89,11 +91,17 @@ class _Training:
             path, _, slot = name.rpartition(".")
             dtype = self.rw.model.tensors()[name].dtype
             self.rw.write(path, slot, master.detach().to("cpu", dtype))
+        self.rw.model.facts["learned"] = True
         first, last = self.curve.ends()
         self.rw.log.append(Edit("train", "*", f"{self.method.steps} steps, loss {first:.4f} -> {last:.4f}"))
         seen = self.method.steps * self.method.batch
         measures = {"steps": self.method.steps, "sequences": seen, "curve": self.curve.as_json()}
-        return Outcome(self.rw.done(), tuple(self.rw.log), measures)
+        if scores := dict(self.method.finish(self.rw)):
+            measures["scores"] = scores
+        model = self.rw.done()
+        with torch.no_grad():
+            measures |= self.method.measure(model, self.data)
+        return Outcome(model, tuple(self.rw.log), measures)
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns the loss terms of its sequences."""

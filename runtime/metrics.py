@@ -2,7 +2,7 @@
 
 `bytes` is the payload of the tensors as the artefact stores them: packed codes, scales, zeros; a tied tensor
 once. `params` counts logical weights, so packing changes bytes and not params. `flops` is the forward work
-of one token at the planner's mean attention length; `kv_bytes(T)` the cache of one sequence of T tokens.
+of one token at the planner's mean attention length, `spent` what of it was really done; `kv_bytes(T)` the cache of one sequence of T tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from effc.compiler.cost import cache_bytes, count
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
 from effc.runtime.decoder import decoder
-from effc.runtime.evaluate import accuracy, bits_per_byte, loss
+from effc.runtime.evaluate import accuracy, bits_per_byte, loss, spent
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 COUNTED = ("bytes", "params", "flops", "kv_bytes")
 """Known from the structure alone; a plan predicts them exactly."""
-MEASURED = ("loss", "bpb", "acc", "latency")
+MEASURED = ("loss", "bpb", "acc", "spent", "latency")
 
 _PROMPT, _STEPS = 32, 24
 
@@ -57,6 +57,8 @@ def measure(
             return bits_per_byte(model, data, split or "heldout")
         case "acc":
             return accuracy(model, _readable(model, data))
+        case "spent":
+            return spent(model, _readable(model, data), split or "heldout").flops_per_token
     raise KeyError(metric)
 
 

@@ -22,6 +22,12 @@ MEASURES: Mapping[str, Measure] = {
     ),
     "params": Measure("logical weights, a tied one once", "nothing", "count", "small.params <= 8M"),
     "flops": Measure("floating-point operations a token", "nothing", "flops", "small.flops <= 20M"),
+    "spent": Measure(
+        "floating-point operations a token, counted while held-out data run",
+        "sequences",
+        "flops",
+        "fast.spent(code) <= base.flops - 20%",
+    ),
     "kv_bytes": Measure("bytes of a cache of T tokens", "number", "bytes", "small.kv_bytes(4096) <= 6 MB"),
     "loss": Measure(
         "nats a token, on held-out data", "sequences", "nats", "small.loss(code) <= base.loss(code) + 3%"

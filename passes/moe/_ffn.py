@@ -21,7 +21,7 @@ from effc.specs.diagnostic import Diagnostic
 
 def feed_forwards(model: Model) -> list[str]:
     """Paths of the dense feed-forward blocks, by layer."""
-    found = [path for path, unit in model.units() if isinstance(unit, MLP) and path.endswith(".mlp")]
+    found = [path for path, unit in model.units() if type(unit) is MLP and path.endswith(".mlp")]
     return sorted(found, key=lambda path: layer_of(path) or 0)
 
 

@@ -74,8 +74,12 @@ def test_data_of_another_tokenizer_is_refused(model: Model, data: object) -> Non
 
 def test_every_metric_of_the_language_is_measured() -> None:
     assert set(COUNTED) | set(MEASURED) == {
-        "bytes", "params", "flops", "kv_bytes", "loss", "bpb", "acc", "latency"
+        "bytes", "params", "flops", "kv_bytes", "loss", "bpb", "acc", "spent", "latency"
     }  # fmt: skip
+
+
+def test_what_is_spent_is_what_a_plan_says_where_nothing_depends_on_data(model: Model, data: object) -> None:
+    assert measure(model, "spent", data) == measure(model, "flops")
 
 
 def test_bench_reports_speed_size_and_loss(model: Model, data: object) -> None:
