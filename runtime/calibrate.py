@@ -24,7 +24,7 @@ from effc.compiler.model import Model
 from effc.compiler.presence import owners_below
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
-from effc.compiler.shapes import Calibrate, Observe, Statistic, Survey
+from effc.compiler.shapes import Calibrate, Inspect, Observe, Statistic, Survey
 from effc.compiler.step import Step
 from effc.compiler.weights import LazyTensor
 from effc.runtime.data._several import Several, split_of
@@ -50,6 +50,8 @@ def calibrate(method: Calibrate, model: Model, context: Context) -> Outcome:
             return _surveyed(method, model, context)
         run = _Run(method, model, context)
         try:
+            if isinstance(method, Inspect):
+                return run.inspected(method)
             return run.observed(method) if isinstance(method, Observe) else run.rewritten()
         finally:
             run.hidden.drop()
@@ -75,7 +77,7 @@ class _Run:
         self.rw = Rewriter(model, method.kind)
         before, self.layers, after = segments(self.rw.model.gm.graph)
         targets: list[str] = list(method.targets(model)) if isinstance(method, Selects) else []
-        targets += method.watched(model) if isinstance(method, Survey) else []
+        targets += method.watched(model) if isinstance(method, Survey | Inspect) else []
         self.before = _part("before", before, targets)
         self.parts = [_part(f"layer-{i}", layer.nodes, targets) for i, layer in enumerate(self.layers)]
         self.after = _part("after", after, targets)
@@ -104,6 +106,33 @@ class _Run:
         scores = dict(method.rewrite(self.rw, seen))
         return self._outcome({"scores": scores})
 
+    def inspected(self, method: Inspect) -> Outcome:
+        """Look at the watched modules of the unchanged model, then edit it as one piece; without data, edit."""
+        kept: dict[str, list[Tensor]] = {}
+        if self.batches:
+            self._enter()
+        for index, part in enumerate(self.parts if self.batches else []):
+            with self._present(part), self._looking(method, part.paths, kept):
+                for batch in self.hidden:
+                    self.hidden.put(batch, self._through(index, batch, self.hidden.get(batch)))
+            self._tick(index + 1)
+        seen = {path: torch.cat(found) for path, found in kept.items()}
+        return self._outcome({"scores": dict(method.rewrite(self.rw, seen))})
+
+    @contextmanager
+    def _looking(
+        self, method: Inspect, paths: Sequence[str], kept: dict[str, list[Tensor]]
+    ) -> Iterator[None]:
+        def look(path: str) -> Callable[[Any, tuple[Any, ...]], None]:
+            return lambda module, args: kept.setdefault(path, []).append(method.inspect(module, *args))
+
+        handles = [self.rw.module(path).register_forward_pre_hook(look(path)) for path in paths]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def seen(self) -> dict[str, Statistic]:
         """The statistics of all watched modules of the unchanged model."""
         found: dict[str, Statistic] = {}
@@ -118,6 +147,8 @@ class _Run:
     def rewritten(self) -> Outcome:
         """Edit part after part; each sees what the edited ones before it produce."""
         errors: dict[str, float] = {}
+        if self.method.foresees:
+            self.method = self.method.settled(self.rw.model, self._foreseen())
         if self.before.paths:
             with self._present(self.before):
                 errors |= self._unit(self.before, {})
@@ -132,6 +163,25 @@ class _Run:
             with self._present(self.after):
                 errors |= self._unit(self.after, self._watch(self.after, None))
         return self._outcome({"errors": errors})
+
+    def _foreseen(self) -> dict[str, float]:
+        """What the method says of every module of the unchanged model; a unit of the journal."""
+        journal = self.context.journal
+        if journal is not None and journal.done("foreseen"):
+            return dict(journal.read("foreseen")[1]["numbers"])
+        found: dict[str, float] = {}
+        self._enter()
+        for index, part in [*enumerate(self.parts), (None, self.after)]:
+            with self._present(part):
+                if part.paths:
+                    found |= self.method.foresee(self.rw, part.paths, self._watch(part, index))
+                for batch in self.hidden if index is not None else []:
+                    self.hidden.put(batch, self._through(index, batch, self.hidden.get(batch)))
+        self.hidden.drop()
+        self.steps.clear()
+        if journal is not None:
+            journal.save("foreseen", {}, {"numbers": found})
+        return found
 
     # -- one part
 
