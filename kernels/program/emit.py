@@ -26,7 +26,8 @@ FEW = 2
 """Up to this many rows, each member does row-wise calls for itself instead of waiting for the others."""
 
 STRUCT = r"""
-struct cache {   /* of one attention: what it keeps, room for S tokens of each sequence, its angles */
+struct cache {   /* of one attention: what it keeps, room for S tokens of each sequence, its angles; of a
+                    recurrence its states, as keys */
   void *keys, *values;
   long S;
   const float *cosines, *sines;
@@ -137,10 +138,10 @@ def _section(plan: Plan, place: int, call: Call) -> tuple[bool, int | None]:
 def _body(plan: Plan, calls: Sequence[Call], offsets: dict[str, int], first: bool) -> str:
     """The statements of one section, with the barriers they need; nothing stands before the first section."""
     lines: list[str] = [] if first else ["  a->team->meet(members);"]
-    since = _Since()
+    since, own = _Since(), _row_buffers(plan)
     count, kept = 0, -1
     for call in calls:
-        now = [_span(plan, offsets, n) for n in call.reads if n in offsets]
+        now = [(_span(plan, offsets, n), n in own) for n in call.reads if n in offsets]
         after = [_span(plan, offsets, n) for n in call.writes if n in offsets]
         lines += since.barrier(call.split, now, after, call.across)
         lines.append(f"  /* {call.op}: {', '.join(_local(p) for p in call.paths)} */")
@@ -163,9 +164,12 @@ class _Since:
 
     def __init__(self) -> None:
         self.written: list[tuple[Span, Split]] = []
-        self.read: list[tuple[Span, Split]] = []
+        self.read: list[tuple[Span, Split, bool]] = []
+        """The last: whether, with few rows, it was read from the member's own memory."""
 
-    def barrier(self, split: Split, now: Sequence[Span], after: Sequence[Span], anywhere: bool) -> list[str]:
+    def barrier(
+        self, split: Split, now: Sequence[tuple[Span, bool]], after: Sequence[Span], anywhere: bool
+    ) -> list[str]:
         """The barrier that a call needs before it, if any; then the call counts as done.
 
         A row-wise call may follow a row-wise call without one as long as a member's rows lie in one place: in
@@ -174,12 +178,12 @@ class _Since:
         """
         rows = Split.ROWS
         alone = split is rows
-        touched = [*now, *after]
+        touched = [*(span for span, _ in now), *after]
         foreign = [(span, s) for span, s in self.written if _overlap(span, touched)]
-        foreign += [(span, s) for span, s in self.read if _overlap(span, after)]
-        always = any(s is not rows for _, s in foreign if not alone) or any(
-            s is not rows for span, s in self.written if _overlap(span, touched)
-        )
+        always = any(s is not rows for _, s in foreign)
+        reads = [(span, s, own) for span, s, own in self.read if _overlap(span, after)]
+        always |= any(not own for _, _, own in reads if not alone)
+        foreign += [(span, s) for span, s, _ in reads]
         moved = anywhere or any(s is not rows or span not in touched for span, s in foreign)
         lines = []
         if always:
@@ -187,10 +191,10 @@ class _Since:
             lines = ["  a->team->meet(members);"]
         elif foreign and (moved or not alone):  # with few rows each member touches its own memory alone
             self.written = [w for w in self.written if w[1] is not rows]
-            self.read = [r for r in self.read if r[1] is not rows]
+            self.read = [r for r in self.read if r[1] is not rows or not r[2]]
             lines = ["  if (!few) a->team->meet(members);"]
         self.written += [(span, split) for span in after]
-        self.read += [(span, Split.ITEMS if anywhere else split) for span in now]
+        self.read += [(span, Split.ITEMS if anywhere else split, own) for span, own in now]
         return lines
 
 

@@ -18,6 +18,7 @@ from effc.kernels.cpu.build import build, load
 from effc.kernels.cpu.entry import team
 from effc.kernels.cpu.isa import Isa
 from effc.kernels.cpu.pages import in_large_pages
+from effc.kernels.linear_attention.spec_c import RecurrentSpec
 from effc.kernels.program.call import Plan
 from effc.kernels.program.emit import emit
 
@@ -82,7 +83,7 @@ class Session:
     def __init__(
         self,
         program: Program,
-        attentions: Sequence[tuple[CachedAttentionSpec, Angles | None]],
+        attentions: Sequence[tuple[CachedAttentionSpec | RecurrentSpec, Angles | None]],
         slots: int,
         longest: int,
         rows: int,
@@ -96,9 +97,14 @@ class Session:
         self.best = torch.empty(rows, members)
         self.where = torch.empty(rows, members, dtype=torch.int64)
         self.caches: list[Cache] = []
+        self.states: list[Tensor] = []
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
         entries = []
         for spec, angles in attentions:
+            if isinstance(spec, RecurrentSpec):
+                self.states.append(torch.zeros(slots, spec.state))
+                entries.append(_Cache(self.states[-1].data_ptr(), 0, 0, 0, 0))
+                continue
             keys = spec.keys(longest)
             cache = empty(spec, slots, keys)
             self.caches.append(cache)

@@ -12,6 +12,7 @@ from effc.compiler.model import Model
 from effc.compiler.roles import layer_of
 from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.kernel import KernelSpec
+from effc.kernels.linear_attention.spec_c import RecurrentSpec
 from effc.kernels.program.call import Call, Plan, Split
 from effc.kernels.program.emit import LOGITS
 from effc.passes.lower._jobs import Job, Jobs
@@ -26,7 +27,7 @@ class Lowered:
     plan: Plan
     tensors: dict[str, Callable[[], Tensor]]
     """How each tensor is made when the program is loaded."""
-    attentions: list[tuple[CachedAttentionSpec, Any]]
+    attentions: list[tuple[CachedAttentionSpec | RecurrentSpec, Any]]
     """Per cache: its kernel, and the rotary settings of its layer (None without)."""
 
 
@@ -39,10 +40,14 @@ class Builder:
         self.widths: dict[str, int] = {}
         self.aliases: dict[str, str] = {}
         self.tensors: dict[str, Callable[[], Tensor]] = {}
-        self.attentions: list[tuple[CachedAttentionSpec, Any]] = []
+        self.attentions: list[tuple[CachedAttentionSpec | RecurrentSpec, Any]] = []
         self.names = {number: f"v{number}" for number in jobs.widths}
         self.bytes: dict[tuple[str, int], tuple[str, str, str]] = {}
         """Buffers that hold a value as bytes, by value and width of a group."""
+        self.places: dict[str, str] = {}
+        """Buffers of choices of experts, and where the rows that they chose stand by expert."""
+        self.scores: dict[str, str] = {}
+        """Buffers of choices that no expert has used yet, and of the scores that they were made from."""
         self.layer: int | None = None
 
     def build(self, kernel: Callable[[Builder, Job], None]) -> Lowered:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeGuard
 
 from effc.kernels.epilogue import EPILOGUES
-from effc.passes.lower._jobs import Arithmetic, Attend, Job, Jobs, Linear
+from effc.passes.lower._jobs import Arithmetic, Attend, Combine, Experts, Job, Jobs, Linear, Scan
 
 Rule = Callable[[Jobs], None]
 
@@ -31,8 +33,8 @@ def pair_gate_and_up(jobs: Jobs) -> None:
         (first,), (second,) = gate.matrices, up.matrices
         if first.kind != second.kind or first.rows != second.rows:
             continue
-        joined = Linear(
-            list(gate.reads), list(product.writes), gate.paths + up.paths, matrices=[first, second],
+        joined = replace(
+            gate, writes=list(product.writes), paths=gate.paths + up.paths, matrices=[first, second],
             epilogue=(act.name,), paired=True,
         )  # fmt: skip
         _replace(jobs, [gate, up, act, product], joined)
@@ -54,38 +56,64 @@ def add_in_linear(jobs: Jobs) -> None:
             (_only(jobs, total.reads[1]), total.reads[0]),
             (_only(jobs, total.reads[0]), total.reads[1]),
         ):
-            fits = isinstance(linear, Linear) and not linear.paired and "residual" not in linear.epilogue
-            if fits and isinstance(linear, Linear) and _made_before(jobs, other, linear):
+            if not _takes_residual(linear):
+                continue
+            if isinstance(linear, Scan):  # nobody waits for it but the sum
+                jobs.jobs.remove(linear)
+                jobs.jobs.insert(jobs.jobs.index(total), linear)
+            if not _made_before(jobs, other, linear):
+                continue
+            if isinstance(linear, Linear):
                 linear.epilogue = (*linear.epilogue, "residual")
-                linear.reads.append(other)
-                _absorb(jobs, linear, total)
-                break
+            else:
+                linear.residual = True
+            linear.reads.append(other)
+            _absorb(jobs, linear, total)
+            break
+
+
+def scale_in_scan(jobs: Jobs) -> None:
+    """c o: a recurrence scales its queries, and what it gives is as much larger."""
+    for scale in [j for j in jobs.jobs if isinstance(j, Arithmetic) and j.name == "scale"]:
+        scan = _only(jobs, scale.reads[0])
+        if isinstance(scan, Scan) and not scan.residual:
+            scan.form["scale"] *= scale.number
+            _absorb(jobs, scan, scale)
 
 
 def lay_side_by_side(jobs: Jobs) -> None:
-    """q, k and v of one x: one matrix, one pass over x; attention reads its parts of the row."""
-    for attend in [j for j in jobs.jobs if isinstance(j, Attend)]:
-        parts = [_only(jobs, n) for n in attend.reads]
-        if not all(isinstance(p, Linear) for p in parts):
+    """q, k and v of one x: one matrix, one pass over x; what mixes tokens reads its parts of the row."""
+    mixers = [j for j in jobs.jobs if isinstance(j, Attend | Scan)]
+    for mixer in mixers:
+        parts = {n: p for n in dict.fromkeys(mixer.reads) if (p := _for_mixers(jobs, n)) is not None}
+        first = next(iter(parts.values()), None)
+        alike = {n: p for n, p in parts.items() if first is not None and _alike(first, p)}
+        if first is None or len(alike) < 2:
             continue
-        linears = [p for p in parts if isinstance(p, Linear)]
-        first = linears[0]
-        alike = all(p.reads == first.reads and p.epilogue == first.epilogue for p in linears)
-        alike = alike and first.matrices[0].quantized is not None  # others are read where the model has them
-        if not alike or set(first.epilogue) - {"bias"} or len({p.matrices[0].kind for p in linears}) > 1:
-            continue
-        joined = Linear(
-            list(first.reads), list(first.writes), [path for p in linears for path in p.paths],
-            matrices=[m for p in linears for m in p.matrices], epilogue=first.epilogue,
+        starts, end = {}, 0
+        for number, part in alike.items():
+            starts[number], end = end, end + part.width
+        joined = replace(
+            first, reads=list(first.reads), writes=list(first.writes),
+            paths=[path for p in alike.values() for path in p.paths],
+            matrices=[m for p in alike.values() for m in p.matrices],
         )  # fmt: skip
-        sizes = [p.width for p in linears]
-        attend.offsets = (0, sizes[0], sizes[0] + sizes[1])
-        attend.reads = [first.writes[0]] * 3
-        _replace(jobs, list(linears), joined)
-        jobs.widths[first.writes[0]] = sum(sizes)
+        for reader in mixers:
+            at = enumerate(reader.offsets[: len(reader.reads)])
+            moved: Any = tuple(start + starts.get(reader.reads[i], 0) for i, start in at)
+            reader.offsets = moved
+            reader.reads = [joined.writes[0] if n in starts else n for n in reader.reads]
+        _replace(jobs, list(alike.values()), joined)
+        jobs.widths[joined.writes[0]] = end
 
 
-RULES: tuple[Rule, ...] = (pair_gate_and_up, activate_in_linear, add_in_linear, lay_side_by_side)
+RULES: tuple[Rule, ...] = (
+    pair_gate_and_up,
+    activate_in_linear,
+    scale_in_scan,
+    add_in_linear,
+    lay_side_by_side,
+)
 
 
 def _only(jobs: Jobs, number: int) -> Job | None:
@@ -95,12 +123,37 @@ def _only(jobs: Jobs, number: int) -> Job | None:
     return made if reads == 1 and number != jobs.output else None
 
 
+def _takes_residual(job: Job | None) -> TypeGuard[Linear | Combine | Scan]:
+    """Whether a job can begin its sums from another value: once, and where its rows are all rows."""
+    if isinstance(job, Combine | Scan):
+        return not job.residual
+    plain = isinstance(job, Linear) and not isinstance(job, Experts)
+    return plain and isinstance(job, Linear) and not job.paired and "residual" not in job.epilogue
+
+
+def _for_mixers(jobs: Jobs, number: int) -> Linear | None:
+    """The packed matrix that made a value, if what mixes tokens alone reads it, by parts of its row."""
+    made = next((j for j in jobs.jobs if number in j.writes), None)
+    if not isinstance(made, Linear) or isinstance(made, Experts) or number == jobs.output:
+        return None
+    readers = [j for j in jobs.jobs if number in j.reads]
+    by_parts = all(isinstance(j, Attend | Scan) for j in readers)
+    added = any(isinstance(j, Scan) and j.residual and j.reads[-1] == number for j in readers)
+    packed = made.matrices[0].quantized is not None  # others are read where the model has them
+    return made if by_parts and packed and not added and not set(made.epilogue) - {"bias"} else None
+
+
+def _alike(a: Linear, b: Linear) -> bool:
+    kinds = {m.kind for m in (*a.matrices, *b.matrices)}
+    return a.reads == b.reads and a.epilogue == b.epilogue and len(kinds) == 1
+
+
 def _made_before(jobs: Jobs, number: int, job: Job) -> bool:
     places = [i for i, j in enumerate(jobs.jobs) if number in j.writes]
     return bool(places) and places[0] < jobs.jobs.index(job)
 
 
-def _absorb(jobs: Jobs, into: Linear, gone: Arithmetic) -> None:
+def _absorb(jobs: Jobs, into: Linear | Combine | Scan, gone: Arithmetic) -> None:
     into.writes = list(gone.writes)
     jobs.jobs.remove(gone)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,8 @@ class Matrix:
     quantized: tuple[int, int, bool, str] | None = None
     """(bits, group or 0 for a whole row, symmetric, dtype of the scales) of packed weights"""
     dtype: str = "float32"
+    experts: int = 0
+    """Of a stack of matrices, one above the other in the tensor; 0: it is one matrix."""
 
     @property
     def unit(self) -> str:
@@ -31,7 +33,8 @@ class Matrix:
     @property
     def kind(self) -> tuple[Any, ...]:
         """What two matrices must share to become one."""
-        return (self.columns, self.quantized, self.dtype if self.quantized is None else "", self.bias is None)
+        dtype = self.dtype if self.quantized is None else ""
+        return (self.columns, self.quantized, dtype, self.bias is None, self.experts)
 
 
 @dataclass(slots=True, eq=False)
@@ -59,11 +62,14 @@ class Embed(Job):
 class Normalize(Job):
     """RMS or layer norm over each row."""
 
-    weight: str = field(kw_only=True)
+    weight: str | None = field(kw_only=True)
+    """None: a gain of one."""
     bias: str | None = None
     form: str = "rms"
     eps: float = 1e-6
     offset: float = 0.0
+    parts: int = 1
+    """Equal parts of a row (heads) that are normalized each on its own."""
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +91,43 @@ class Linear(Job):
 
 
 @dataclass(slots=True, eq=False)
+class Route(Job):
+    """Reads scores, writes weights [k] and numbers of experts [k]; of the form `largest` the number alone."""
+
+    form: Literal["best", "above", "largest"] = field(kw_only=True)
+    experts: int = field(kw_only=True)
+    active: int = field(kw_only=True)
+    renormalize: bool = True
+    act: str = "none"
+    tau: float = 1.0
+    least: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class Experts(Linear):
+    """A stack of matrices, each on the rows that chose it: reads x and the choice [k] of each row.
+
+    What it writes stands by expert, k rows for each of x's; so does x itself when it is another's result.
+    """
+
+    active: int = field(kw_only=True)
+    placed: bool = False
+    """Whether x stands by expert already."""
+
+
+@dataclass(slots=True, eq=False)
+class Combine(Job):
+    """What experts gave, back in the order of rows: reads it, the choice, and weights where there are any.
+
+    A residual is read last.
+    """
+
+    active: int = field(kw_only=True)
+    weighted: bool = field(kw_only=True)
+    residual: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Attend(Job):
     """Causal attention over the cache: reads q, k, v, each a value and where in its row it begins."""
 
@@ -98,6 +141,26 @@ class Attend(Job):
     q_norm: Normalize | None = None
     k_norm: Normalize | None = None
     offsets: tuple[int, int, int] = (0, 0, 0)
+
+
+@dataclass(slots=True, eq=False)
+class Scan(Job):
+    """A gated recurrence: reads q, what gates are made of, k and v unless 1 - a stands for them.
+
+    A residual is read last.
+    """
+
+    heads: int = field(kw_only=True)
+    kv_heads: int = field(kw_only=True)
+    key_dim: int = field(kw_only=True)
+    value_dim: int = field(kw_only=True)
+    form: dict[str, Any] = field(kw_only=True)
+    """Further fields of RecurrentSpec."""
+    q_norm: Normalize | None = None
+    k_norm: Normalize | None = None
+    residual: bool = False
+    offsets: tuple[int, ...] = (0, 0, 0, 0)
+    """Where in its row each of q, gates, k and v begins."""
 
 
 @dataclass(slots=True, eq=False)

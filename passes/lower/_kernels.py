@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from effc.compiler.blocks.rope import rotated
@@ -11,22 +12,35 @@ from effc.kernels import elementwise
 from effc.kernels.cached_attention import emit_c as attention_c
 from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.cached_attention.spec import refuses as attention_refuses
-from effc.kernels.cpu.stored import Stored
 from effc.kernels.dense_linear import emit_c as dense_c
 from effc.kernels.dense_linear.spec import DenseLinearSpec
 from effc.kernels.elementwise import ElementwiseSpec
 from effc.kernels.embed import emit_c as embed_c
 from effc.kernels.embed.spec import EmbedSpec
-from effc.kernels.epilogue import operands
 from effc.kernels.norm import emit_c as norm_c
 from effc.kernels.norm.spec import NormSpec
 from effc.kernels.program.call import ROWS, Split
 from effc.kernels.quant_linear import emit_c as quant_c
-from effc.kernels.quant_linear.spec import BLOCK, QuantLinearSpec
+from effc.kernels.quant_linear.spec import BLOCK
 from effc.kernels.quant_linear.spec import refuses as quant_refuses
+from effc.passes.lower import _experts as experts
 from effc.passes.lower import _weights as weights
 from effc.passes.lower._builder import Builder
-from effc.passes.lower._jobs import Arithmetic, Attend, Embed, Job, Linear, Matrix, Normalize, Unlowered
+from effc.passes.lower._jobs import (
+    Arithmetic,
+    Attend,
+    Combine,
+    Embed,
+    Experts,
+    Job,
+    Linear,
+    Normalize,
+    Route,
+    Scan,
+    Unlowered,
+)
+from effc.passes.lower._matrices import as_bytes, further, packed, quant_spec, stored
+from effc.passes.lower._scans import scan
 
 
 def kernel(build: Builder, job: Job) -> None:
@@ -39,6 +53,14 @@ def kernel(build: Builder, job: Job) -> None:
         _embed(build, job)
     elif isinstance(job, Normalize):
         _normalize(build, job)
+    elif isinstance(job, Route):
+        experts.route(build, job)
+    elif isinstance(job, Experts):
+        experts.experts(build, job)
+    elif isinstance(job, Combine):
+        experts.combine(build, job)
+    elif isinstance(job, Scan):
+        scan(build, job)
     elif isinstance(job, Linear):
         _quantized(build, job) if job.matrices[0].quantized is not None else _dense(build, job)
     elif isinstance(job, Attend):
@@ -68,16 +90,16 @@ def _embed(build: Builder, job: Embed) -> None:
     model, table, out = build.model, job.table, build.out(job)
     given: dict[str, Any] = {"scale": job.scale}
     if table.quantized is None:
-        given["table"] = _stored(table.dtype)
+        given["table"] = stored(table.dtype)
         names = [build.keep(table.tensor, weights.stored(model, table.tensor))]
     else:
-        given |= {"table": None, "packed": _spec(table, (), False)}
-        names = [_packed(build, given["packed"], [table])]
+        given |= {"table": None, "packed": quant_spec(table, (), False)}
+        names = [packed(build, given["packed"], [table])]
     pointers = ["{0}", "NULL", "NULL"]
     more = {"positions": job.positions[0] if job.positions else None, "types": job.types}
     for slot, (key, tensor) in enumerate(more.items(), 1):
         if tensor is not None:
-            given[key] = _stored(str(model.tensors()[tensor].dtype).removeprefix("torch."))
+            given[key] = stored(str(model.tensors()[tensor].dtype).removeprefix("torch."))
             pointers[slot] = f"{{{len(names)}}}"
             names.append(build.keep(tensor, weights.stored(model, tensor)))
     if job.positions is not None:
@@ -90,25 +112,27 @@ def _embed(build: Builder, job: Embed) -> None:
 
 
 def _normalize(build: Builder, job: Normalize) -> None:
-    x, out, width = build.names[job.reads[0]], build.out(job), build.jobs.widths[job.reads[0]]
+    x, out, width = build.names[job.reads[0]], build.out(job), build.jobs.widths[job.reads[0]] // job.parts
     form: Any = job.form
     spec = NormSpec(form=form, eps=job.eps, offset=job.offset, bias=job.bias is not None)
     held = [name for name in (job.weight, job.bias) if name is not None]
     names = [build.keep(f"{n}:f32", weights.float32(build.model, n)) for n in held]
-    bias = "{1}" if job.bias else "NULL"
-    text = f"norm_{spec.key}({{{x}}}, {{0}}, {bias}, {{{out}}}, {width}, r0, r1);"
+    if job.weight is None:
+        names = [build.keep(f"ones:{width}", lambda: torch.ones(width)), *names]
+    bias, by = "{1}" if job.bias else "NULL", f" * {job.parts}" if job.parts > 1 else ""
+    text = f"norm_{spec.key}({{{x}}}, {{0}}, {bias}, {{{out}}}, {width}, r0{by}, r1{by});"
     build.add("norm", Split.ROWS, [x], [out], text, job, names, [norm_c.function(spec)], specs=[spec])
 
 
 def _quantized(build: Builder, job: Linear) -> None:
     k, n = job.matrices[0].columns, job.width
-    spec = _spec(job.matrices[0], job.epilogue, job.paired)
+    spec = quant_spec(job.matrices[0], job.epilogue, job.paired)
     if words := quant_refuses(spec, n, k):
         raise Unlowered(f"`{job.paths[0]}`: {words}")
-    q, scales, sums = _as_bytes(build, job, spec.group or k)
+    q, scales, sums = as_bytes(build, job, spec.group or k)
     out = build.out(job, instead=job.reads[-1] if "residual" in job.epilogue else None)
-    names = [_packed(build, spec, job.matrices)]
-    extra, reads = _operands(build, job, names)
+    names = [packed(build, spec, job.matrices)]
+    extra, reads = further(build, job, names)
     text = (
         f"quant_linear_{spec.key}({{{q}}}, {{{scales}}}, {{{sums}}}, {{0}}, {{{out}}}{extra}, "
         f"M, {n}, {k}, i0, i1);"
@@ -121,10 +145,10 @@ def _quantized(build: Builder, job: Linear) -> None:
 def _dense(build: Builder, job: Linear) -> None:
     k, n, x = job.matrices[0].columns, job.width, build.names[job.reads[0]]
     out = build.out(job, instead=job.reads[-1] if "residual" in job.epilogue else None)
-    spec = DenseLinearSpec(weight=_stored(job.matrices[0].dtype), paired=job.paired, epilogue=job.epilogue)
+    spec = DenseLinearSpec(weight=stored(job.matrices[0].dtype), paired=job.paired, epilogue=job.epilogue)
     names = [build.keep(m.tensor, weights.stored(build.model, m.tensor)) for m in job.matrices]
     second = "{1}" if job.paired else "NULL"
-    extra, reads = _operands(build, job, names)
+    extra, reads = further(build, job, names)
     text = f"dense_linear_{spec.key}({{{x}}}, {{0}}, {second}, {{{out}}}{extra}, M, {n}, {k}, i0, i1);"
     functions, items = [dense_c.function(spec)], str(-(-n // 16))
     why = "the weights are not packed"
@@ -147,7 +171,7 @@ def _attend(build: Builder, job: Attend) -> None:
     )  # fmt: skip
     if words := attention_refuses(spec):
         raise Unlowered(f"`{job.paths[0]}`: {words}")
-    names = [build.keep(f"{n.weight}:f32", weights.float32(build.model, n.weight)) for n in norms]
+    names = [build.keep(f"{n.weight}:f32", weights.float32(build.model, str(n.weight))) for n in norms]
     gains = "{0}, {1}" if norms else "NULL, NULL"
     parts = [f"(const float *){{{name}}} + {at}" for name, at in zip(sources, job.offsets, strict=True)]
     strides = [str(build.jobs.widths[n]) for n in job.reads]
@@ -177,57 +201,3 @@ def _attend(build: Builder, job: Attend) -> None:
         opens=True,
     )
     build.add("attend", Split.ITEMS, [queries], [out], attend, job, (), functions, items, specs=[spec])
-
-
-def _as_bytes(build: Builder, job: Linear, width: int) -> tuple[str, str, str]:
-    """The buffers that hold x as bytes in groups of `width`, made once for all kernels that read them."""
-    x, k = build.names[job.reads[0]], job.matrices[0].columns
-    if (x, width) not in build.bytes:
-        q, scales, sums = names = (f"{x}b{width}", f"{x}s{width}", f"{x}u{width}")
-        groups = k // width
-        build.widths |= {q: k, scales: groups * 4, sums: groups * 4}
-        text = f"quantize({{{x}}}, {width}, r0 * {groups}, r1 * {groups}, {{{q}}}, {{{scales}}}, {{{sums}}});"
-        build.add("quantize", Split.ROWS, [x], names, text, job, (), [quant_c.QUANTIZE])
-        build.bytes[x, width] = names
-    return build.bytes[x, width]
-
-
-def _operands(build: Builder, job: Linear, names: list[str]) -> tuple[str, list[str]]:
-    """Arguments of the epilogue, and the buffers among them; its tensors join `names`."""
-    extra, reads = "", []
-    for operand in operands(job.epilogue):
-        if operand == "bias":
-            biases = [m.bias for m in job.matrices if m.bias is not None]
-            extra += f", {{{len(names)}}}"
-            names.append(build.keep("+".join(biases) + ":f32", weights.side_by_side(build.model, biases)))
-        else:
-            reads.append(build.names[job.reads[-1]])
-            extra += f", {{{reads[-1]}}}"
-    return extra, reads
-
-
-def _spec(matrix: Matrix, epilogue: tuple[str, ...], paired: bool) -> QuantLinearSpec:
-    assert matrix.quantized is not None
-    bits, group, symmetric, scale = matrix.quantized
-    if bits not in (2, 3, 4, 8) or scale not in ("float16", "bfloat16"):
-        raise Unlowered(f"`{matrix.unit}` has {bits} bits with {scale} scales; kernels have 2, 3, 4 and 8")
-    given: dict[str, Any] = {"bits": bits, "scale": scale, "group": group, "symmetric": symmetric}
-    try:
-        return QuantLinearSpec(**given, paired=paired, epilogue=epilogue)
-    except ValueError as error:  # pydantic's own: a group that the vectors do not divide
-        raise Unlowered(f"`{matrix.unit}`: {str(error).splitlines()[2].strip()}") from None
-
-
-def _packed(build: Builder, spec: QuantLinearSpec, matrices: list[Matrix]) -> str:
-    """One tensor for all kernels that read these matrices in the same layout."""
-    plain = spec.model_copy(update={"epilogue": ("silu",) if spec.paired else ()})
-    name = "+".join(m.tensor for m in matrices) + f":{plain.key}"
-    return build.keep(name, weights.packed(build.model, spec, matrices))
-
-
-def _stored(dtype: str) -> Stored:
-    for name in get_args(Stored):
-        if name == dtype:
-            found: Stored = name
-            return found
-    raise Unlowered(f"weights are stored as {dtype}; kernels read {', '.join(get_args(Stored))}")

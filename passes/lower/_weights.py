@@ -36,16 +36,24 @@ def side_by_side(model: Model, names: Sequence[str]) -> Make:
 
 
 def packed(model: Model, spec: QuantLinearSpec, matrices: Sequence[Matrix]) -> Make:
-    """The packed matrix of one unit, of several stacked, or of two in turns of 32 rows."""
+    """The packed matrix of one unit, of several stacked, or of two in turns of 32 rows; of every expert."""
 
     def make() -> Tensor:
         parts = [_codes(model, spec, matrix) for matrix in matrices]
-        join = _in_turns if spec.paired else torch.cat
-        codes, scales = (join([p[i] for p in parts]) for i in (0, 1))
-        zeros = None if spec.symmetric else join([p[2] for p in parts])
-        return pack(spec, codes, scales, zeros)
+        if not matrices[0].experts:
+            return _joined(spec, parts)
+        stacks = [[t.chunk(matrices[0].experts) for t in part] for part in parts]
+        each = [[(q[e], s[e], z[e]) for q, s, z in stacks] for e in range(matrices[0].experts)]
+        return torch.stack([_joined(spec, one) for one in each])
 
     return make
+
+
+def _joined(spec: QuantLinearSpec, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """The packed matrix of codes, scales and zero codes [N, *] of several."""
+    join = _in_turns if spec.paired else torch.cat
+    codes, scales = (join([p[i] for p in parts]) for i in (0, 1))
+    return pack(spec, codes, scales, None if spec.symmetric else join([p[2] for p in parts]))
 
 
 def _codes(model: Model, spec: QuantLinearSpec, matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,8 +63,8 @@ def _codes(model: Model, spec: QuantLinearSpec, matrix: Matrix) -> tuple[Tensor,
     codes = (q.to(torch.int16) + spec.mid).to(torch.uint8)
     groups = spec.groups(matrix.columns)
     if unit.group == WHOLE:
-        scales = scales.expand(matrix.rows, groups)
-        zeros = None if zeros is None else zeros.expand(matrix.rows, groups)
+        scales = scales.expand(unit.rows, groups)
+        zeros = None if zeros is None else zeros.expand(unit.rows, groups)
     zero = torch.zeros_like(scales, dtype=torch.int16) if zeros is None else zeros.to(torch.int16)
     return codes, scales, (zero + spec.mid).to(torch.uint8)
 

@@ -19,7 +19,11 @@ from effc.kernels.dense_linear import emit_c as dense
 from effc.kernels.dense_linear.spec import DenseLinearSpec
 from effc.kernels.embed import emit_c as embed
 from effc.kernels.embed.spec import EmbedSpec
+from effc.kernels.experts import combine, route, spread
+from effc.kernels.experts import linear as expert_linear
 from effc.kernels.gated import emit_triton as gated
+from effc.kernels.linear_attention import emit_c as recurrent
+from effc.kernels.linear_attention.spec_c import RecurrentSpec
 from effc.kernels.multi_lora import emit_c as lora
 from effc.kernels.multi_lora import emit_triton as lora_gpu
 from effc.kernels.multi_lora.spec import MultiLoraGpuSpec, MultiLoraSpec
@@ -36,7 +40,19 @@ from tests.passes.test_lower import quantized
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "kernels"
 W4 = QuantLinearSpec(bits=4, group=64, symmetric=False, epilogue=("bias", "residual"))
+W8 = QuantLinearSpec(bits=8, group=64)
+GATED = RecurrentSpec(heads=8, kv_heads=2, key_dim=64, value_dim=64, divisor=16.0, q="softmax", k="softmax")
 HEADS = CachedAttentionSpec(heads=8, kv_heads=2, head_dim=64, scale=0.125, rotated=64)
+
+
+def mixture() -> str:
+    """The kernels of one mixture, but those of a single expert, which are those of any matrix."""
+    choice = route.RouteSpec(form="best", experts=8, active=2)
+    rows = spread.SpreadSpec(experts=8, active=2)
+    each = expert_linear.ExpertLinearSpec(experts=8, active=2, packed=W8)
+    back = combine.CombineSpec(active=2, residual=True)
+    there = route.function(choice) + spread.function(rows) + expert_linear.function(each)
+    return there + combine.function(back)
 
 
 def program() -> str:
@@ -52,6 +68,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "embed.c": lambda: embed.function(EmbedSpec(table=None, packed=QuantLinearSpec(bits=4, group=64))),
     "cached_attention.c": lambda: attention.function(HEADS),
     "program.c": program,
+    "experts.c": mixture,
+    "linear_attention.c": lambda: recurrent.function(GATED),
     "quant_linear.triton": lambda: quant_gpu.emit(
         WeightOnlySpec(bits=4, group=128, symmetric=False, epilogue=("bias", "silu"), tiles=TILES[:1])
     ),

@@ -1,5 +1,6 @@
 
-struct cache {   /* of one attention: what it keeps, room for S tokens of each sequence, its angles */
+struct cache {   /* of one attention: what it keeps, room for S tokens of each sequence, its angles; of a
+                    recurrence its states, as keys */
   void *keys, *values;
   long S;
   const float *cosines, *sines;

@@ -1,0 +1,1 @@
+"""experts: a mixture's feed-forward networks in C: route, put rows by expert, multiply, add up again."""
