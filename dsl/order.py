@@ -128,13 +128,14 @@ def _in_the_way(
     kind, giver = facts()[held.fact], known[held.by]
     labels = [
         Label(_call_span(binding), f"needs {need.fact} weights"),
-        Label(_call_span(giver), f"made them {held.fact}"),
+        Label(_call_span(giver), f"from here on the weights {kind.says}"),
     ]
-    notes = [f"after `{held.by}` the weights {kind.says}"]
     title = f"`{binding.call.kind}` cannot follow `{giver.call.kind}`"
     if kind.cure and catalogue.find(kind.cure):
         whole = f"{held.by}_folded"
-        lines = (f"{whole} = {kind.cure}({held.by})", f"{binding.name} = {binding.call.kind}({whole}, ...)")
+        models = [whole if ref.name == held.by else str(ref) for ref in binding.call.models]
+        takes = models[0] if len(models) == 1 else f"[{', '.join(models)}]"
+        lines = (f"{whole} = {kind.cure}({held.by})", f"{binding.name} = {binding.call.kind}({takes}, ...)")
         help_ = "fold it in first:\n" + "\n".join(lines)
     elif giver.call.kind == binding.call.kind or _family(giver) == _family(binding) == "quantize":
         help_ = (
@@ -150,7 +151,7 @@ def _in_the_way(
             if giver.call.models
             else "leave one of them out"
         )
-    return Diagnostic("E301", title, labels, notes, help_)
+    return Diagnostic("E301", title, labels, help=help_)
 
 
 def _never_given(binding: Binding, need: Claim, ref: Ref) -> Diagnostic:
@@ -202,10 +203,9 @@ def _export(
             cure = facts()[held.fact].cure
             if cure and catalogue.find(cure):
                 help_ = f"fold it in first: {held.by}_folded = {cure}({export.model})"
-            label = Label(_call_span(known[held.by]), f"made them {held.fact}")
-            note = f"after `{held.by}` the weights {facts()[held.fact].says}"
+            label = Label(_call_span(known[held.by]), f"from here on the weights {facts()[held.fact].says}")
             title = f"`{export.call.kind}` cannot hold {held.fact} weights"
-            yield Diagnostic("E303", title, [Label(span), label], [note], help_)
+            yield Diagnostic("E303", title, [Label(span), label], help=help_)
             return
     for need in rule.needs:
         if not any(need == held.fact for held in state):
