@@ -88,6 +88,10 @@ class _Sizes:
         if "rank" in new:
             most, before = (min(s["in_features"], s["out_features"]) for s in (new, spec))
             new["rank"] = max(1, min(most, round(new["rank"] * most / before)))
+        for runs, side in (("down", "out_features"), ("across", "in_features")):
+            if runs in new and side in new:
+                whole = new[runs] == spec[side]
+                new[runs] = new[side] if whole else math.gcd(new[runs], new[side])
         if "group" in new and new["group"] != WHOLE:
             before, inputs = (int(s.get("in_features") or s["width"]) for s in (spec, new))
             new["group"] = inputs if new["group"] == before else math.gcd(new["group"], inputs)

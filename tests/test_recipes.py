@@ -12,7 +12,7 @@ import effc
 from effc.runtime.cli import main
 
 RECIPES = sorted((Path(__file__).parents[1] / "specs" / "recipes").glob("*.effc"))
-STEPPED = {"fold", "four-bit", "sparse"}
+STEPPED = {"fold", "four-bit", "shift", "sparse"}
 """Recipes that train nothing, so that their steps cannot be cut short."""
 
 
@@ -62,7 +62,10 @@ def test_it_compiles_as_planned(
     assert [stage["name"] for stage in record["stages"]] == list(planned)
     for stage in record["stages"]:
         guess = planned[stage["name"]]
-        assert (stage["params"], stage["bytes"]) == (guess["params"], guess["bytes"]), stage["name"]
+        if guess["contract"].get("size") == "at most":  # it follows from data
+            assert (stage["params"], stage["bytes"]) <= (guess["params"], guess["bytes"]), stage["name"]
+        else:
+            assert (stage["params"], stage["bytes"]) == (guess["params"], guess["bytes"]), stage["name"]
         assert stage["contract"].get("held") is not False, stage["name"]
         # The plan's own record and the run's say the same things under the same names.
         assert set(guess) <= set(stage), set(guess) - set(stage)
