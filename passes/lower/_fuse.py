@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import frexp
 from typing import Any, TypeGuard
 
 from effc.kernels.epilogue import EPILOGUES
@@ -50,26 +51,43 @@ def activate_in_linear(jobs: Jobs) -> None:
 
 
 def add_in_linear(jobs: Jobs) -> None:
-    """y + W x: the sum starts from what was there, so the residual stream is read and written once."""
+    """y + W x: the sum starts from what was there, so the residual stream is read and written once.
+
+    Where the sum starts from something already, that something starts from what was there.
+    """
     for total in [j for j in jobs.jobs if isinstance(j, Arithmetic) and j.name == "add"]:
-        for linear, other in (
+        for job, other in (
             (_only(jobs, total.reads[1]), total.reads[0]),
             (_only(jobs, total.reads[0]), total.reads[1]),
         ):
-            if not _takes_residual(linear):
+            if isinstance(job, Scan) and not job.residual:  # nobody waits for it but the sum
+                jobs.jobs.remove(job)
+                jobs.jobs.insert(jobs.jobs.index(total), job)
+            first = _first_of_sum(jobs, job)
+            if not isinstance(job, Linear | Combine | Scan) or not _takes_residual(first):
                 continue
-            if isinstance(linear, Scan):  # nobody waits for it but the sum
-                jobs.jobs.remove(linear)
-                jobs.jobs.insert(jobs.jobs.index(total), linear)
-            if not _made_before(jobs, other, linear):
+            if not _made_before(jobs, other, first):
                 continue
-            if isinstance(linear, Linear):
-                linear.epilogue = (*linear.epilogue, "residual")
+            if isinstance(first, Linear):
+                first.epilogue = (*first.epilogue, "residual")
             else:
-                linear.residual = True
-            linear.reads.append(other)
-            _absorb(jobs, linear, total)
+                first.residual = True
+            first.reads.append(other)
+            _absorb(jobs, job, total)
             break
+
+
+def scale_in_linear(jobs: Jobs) -> None:
+    """s A x: an adapter's number goes into its first factor, where that changes no digit of the factor."""
+    for scale in [j for j in jobs.jobs if isinstance(j, Arithmetic) and j.name == "scale"]:
+        linear = _only(jobs, scale.reads[0])
+        if not isinstance(linear, Linear) or isinstance(linear, Experts) or linear.epilogue:
+            continue
+        matrix = linear.matrices[0]
+        exact = matrix.dtype == "float32" or abs(frexp(scale.number)[0]) == 0.5
+        if matrix.quantized is None and exact and not linear.paired:
+            linear.matrices = [replace(matrix, factor=matrix.factor * scale.number)]
+            _absorb(jobs, linear, scale)
 
 
 def scale_in_scan(jobs: Jobs) -> None:
@@ -110,6 +128,7 @@ def lay_side_by_side(jobs: Jobs) -> None:
 RULES: tuple[Rule, ...] = (
     pair_gate_and_up,
     activate_in_linear,
+    scale_in_linear,
     scale_in_scan,
     add_in_linear,
     lay_side_by_side,
@@ -121,6 +140,20 @@ def _only(jobs: Jobs, number: int) -> Job | None:
     made = next((j for j in jobs.jobs if number in j.writes), None)
     reads = sum(j.reads.count(number) for j in jobs.jobs)
     return made if reads == 1 and number != jobs.output else None
+
+
+def _first_of_sum(jobs: Jobs, job: Job | None) -> Job | None:
+    """Of jobs whose sums each start from the one before, the first."""
+    while isinstance(job, Linear | Combine | Scan) and _has_residual(job):
+        before = _only(jobs, job.reads[-1])
+        if not isinstance(before, Linear | Combine | Scan):
+            break
+        job = before
+    return job
+
+
+def _has_residual(job: Linear | Combine | Scan) -> bool:
+    return job.epilogue[-1:] == ("residual",) if isinstance(job, Linear) else job.residual
 
 
 def _takes_residual(job: Job | None) -> TypeGuard[Linear | Combine | Scan]:

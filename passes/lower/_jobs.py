@@ -24,6 +24,8 @@ class Matrix:
     dtype: str = "float32"
     experts: int = 0
     """Of a stack of matrices, one above the other in the tensor; 0: it is one matrix."""
+    factor: float = 1.0
+    """What a dense matrix is multiplied by when the program is loaded."""
 
     @property
     def unit(self) -> str:
@@ -34,7 +36,7 @@ class Matrix:
     def kind(self) -> tuple[Any, ...]:
         """What two matrices must share to become one."""
         dtype = self.dtype if self.quantized is None else ""
-        return (self.columns, self.quantized, dtype, self.bias is None, self.experts)
+        return (self.columns, self.quantized, dtype, self.bias is None, self.experts, self.factor)
 
 
 @dataclass(slots=True, eq=False)

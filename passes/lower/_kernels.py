@@ -23,6 +23,7 @@ from effc.kernels.program.call import ROWS, Split
 from effc.kernels.quant_linear import emit_c as quant_c
 from effc.kernels.quant_linear.spec import BLOCK
 from effc.kernels.quant_linear.spec import refuses as quant_refuses
+from effc.kernels.sparse_linear import emit_c as sparse_c
 from effc.passes.lower import _experts as experts
 from effc.passes.lower import _weights as weights
 from effc.passes.lower._builder import Builder
@@ -39,7 +40,7 @@ from effc.passes.lower._jobs import (
     Scan,
     Unlowered,
 )
-from effc.passes.lower._matrices import as_bytes, further, packed, quant_spec, stored
+from effc.passes.lower._matrices import as_bytes, further, packed, quant_spec, sparse_spec, stored
 from effc.passes.lower._scans import scan
 
 
@@ -131,22 +132,35 @@ def _quantized(build: Builder, job: Linear) -> None:
         raise Unlowered(f"`{job.paths[0]}`: {words}")
     q, scales, sums = as_bytes(build, job, spec.group or k)
     out = build.out(job, instead=job.reads[-1] if "residual" in job.epilogue else None)
-    names = [packed(build, spec, job.matrices)]
+    sparse, why = sparse_spec(build, spec, job)
+    one = quant_c.function(spec)
+    if sparse is None:
+        name, names, functions = f"quant_linear_{spec.key}", [packed(build, spec, job.matrices)], [one]
+    else:
+        name, functions = f"sparse_linear_{sparse.key}", [one, sparse_c.function(sparse)]
+        parts = weights.sparse(build.model, sparse, job.matrices)
+        whole = "+".join(m.tensor for m in job.matrices)
+        names = [build.keep(f"{whole}:{sparse.key}.{part}", make) for part, make in parts.items()]
+    matrix = ", ".join(f"{{{i}}}" for i in range(len(names)))
     extra, reads = further(build, job, names)
-    text = (
-        f"quant_linear_{spec.key}({{{q}}}, {{{scales}}}, {{{sums}}}, {{0}}, {{{out}}}{extra}, "
-        f"M, {n}, {k}, i0, i1);"
-    )
+    text = f"{name}({{{q}}}, {{{scales}}}, {{{sums}}}, {matrix}, {{{out}}}{extra}, M, {n}, {k}, i0, i1);"
     items = str(-(-n // (BLOCK // 2 if spec.paired else BLOCK)))
-    functions, read = [quant_c.QUANTIZE, quant_c.function(spec)], [q, scales, sums, *reads]
-    build.add("quant_linear", Split.ITEMS, read, [out], text, job, names, functions, items, specs=[spec])
+    build.add(
+        "quant_linear" if sparse is None else "sparse_linear", Split.ITEMS, [q, scales, sums, *reads], [out],
+        text, job, names, [quant_c.QUANTIZE, *functions], items, why, [sparse or spec],
+    )  # fmt: skip
 
 
 def _dense(build: Builder, job: Linear) -> None:
     k, n, x = job.matrices[0].columns, job.width, build.names[job.reads[0]]
     out = build.out(job, instead=job.reads[-1] if "residual" in job.epilogue else None)
     spec = DenseLinearSpec(weight=stored(job.matrices[0].dtype), paired=job.paired, epilogue=job.epilogue)
-    names = [build.keep(m.tensor, weights.stored(build.model, m.tensor)) for m in job.matrices]
+    names = [
+        build.keep(m.tensor, weights.stored(build.model, m.tensor))
+        if m.factor == 1.0
+        else build.keep(f"{m.tensor}*{m.factor}", weights.scaled(build.model, m.tensor, m.factor))
+        for m in job.matrices
+    ]
     second = "{1}" if job.paired else "NULL"
     extra, reads = further(build, job, names)
     text = f"dense_linear_{spec.key}({{{x}}}, {{0}}, {second}, {{{out}}}{extra}, M, {n}, {k}, i0, i1);"

@@ -9,9 +9,13 @@ from effc.kernels.epilogue import operands
 from effc.kernels.program.call import Split
 from effc.kernels.quant_linear import emit_c as quant_c
 from effc.kernels.quant_linear.spec import QuantLinearSpec
+from effc.kernels.sparse_linear.spec import SparseLinearSpec, refuses
 from effc.passes.lower import _weights as weights
 from effc.passes.lower._builder import Builder
 from effc.passes.lower._jobs import Linear, Matrix, Unlowered
+
+SOME = 0.25
+"""Share of zeros from which it is said why they are read; rounding alone makes fewer."""
 
 
 def as_bytes(build: Builder, job: Linear, width: int, copies: int = 1) -> tuple[str, str, str]:
@@ -69,3 +73,15 @@ def packed(build: Builder, spec: QuantLinearSpec, matrices: list[Matrix]) -> str
     plain = spec.model_copy(update={"epilogue": ("silu",) if spec.paired else ()})
     name = "+".join(m.tensor for m in matrices) + f":{plain.key}"
     return build.keep(name, weights.packed(build.model, spec, matrices))
+
+
+def sparse_spec(build: Builder, spec: QuantLinearSpec, job: Linear) -> tuple[SparseLinearSpec | None, str]:
+    """The kernel that leaves zeros out, where there are enough; else none, and why if there are some."""
+    if spec.bits != 8 or not spec.symmetric:
+        return None, ""
+    share = weights.zeros(build.model, job.matrices)
+    if share < SOME:
+        return None, ""
+    sparse = SparseLinearSpec(packed=spec)
+    words = refuses(sparse, sum(m.rows for m in job.matrices), job.matrices[0].columns, share)
+    return (None, words) if words else (sparse, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +13,15 @@ from effc.compiler.blocks.quant_linear import WHOLE
 from effc.compiler.model import Model
 from effc.kernels.quant_linear.layout import pack
 from effc.kernels.quant_linear.spec import QuantLinearSpec
+from effc.kernels.sparse_linear.layout import Sparse
+from effc.kernels.sparse_linear.layout import pack as pack_sparse
+from effc.kernels.sparse_linear.spec import SparseLinearSpec
 from effc.passes.lower._jobs import Matrix
 
+ROWS_READ = 64
+"""Rows of a matrix that tell how many of its weights are zero, at least."""
+MIDDLE = 128
+"""The code of zero on a symmetric grid of 8 bits, as it is stored."""
 HALF = 32
 """Rows of each of two matrices that lie together in a block."""
 
@@ -47,6 +55,44 @@ def packed(model: Model, spec: QuantLinearSpec, matrices: Sequence[Matrix]) -> M
         return torch.stack([_joined(spec, one) for one in each])
 
     return make
+
+
+def sparse(model: Model, spec: SparseLinearSpec, matrices: Sequence[Matrix]) -> dict[str, Make]:
+    """The parts of a sparse matrix by name; it is packed once for all of them and not kept."""
+    held: dict[str, Tensor] = {}
+
+    def make(part: str) -> Tensor:
+        if part not in held:
+            parts = [_codes(model, spec.packed, matrix) for matrix in matrices]
+            join = _in_turns if spec.packed.paired else torch.cat
+            codes, scales = (join([p[i] for p in parts]) for i in (0, 1))
+            rows = sum(m.rows for m in matrices)
+            if spec.packed.paired:  # rows that fill the turns up have no scale, and need no codes
+                codes = codes.masked_fill((scales == 0).all(1, keepdim=True), spec.packed.mid)
+                rows = len(codes)
+            held.update(pack_sparse(spec, codes[:rows], scales[:rows])._asdict())
+        return held.pop(part)
+
+    return {part: partial(make, part) for part in Sparse._fields}
+
+
+def scaled(model: Model, name: str, factor: float) -> Make:
+    """A tensor times a number, in the dtype it has."""
+    return lambda: stored(model, name)() * factor
+
+
+def zeros(model: Model, matrices: Sequence[Matrix]) -> float:
+    """The share of zeros among codes of 8 bits, of some rows of each matrix; 0 without weights to read."""
+    found = total = 0
+    for matrix in matrices:
+        tensor = model.tensors()[matrix.tensor]
+        if tensor.is_meta:
+            if matrix.tensor not in model.weights:
+                return 0.0
+            tensor = model.weights[matrix.tensor].read()
+        some = tensor[:: max(1, tensor.shape[0] // ROWS_READ)]
+        found, total = found + int((some == MIDDLE).sum()), total + some.numel()
+    return found / max(1, total)
 
 
 def _joined(spec: QuantLinearSpec, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

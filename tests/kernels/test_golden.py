@@ -35,6 +35,8 @@ from effc.kernels.quant_linear import emit_c as quant
 from effc.kernels.quant_linear import emit_triton as quant_gpu
 from effc.kernels.quant_linear.spec import QuantLinearSpec
 from effc.kernels.quant_linear.spec_gpu import TILES, WeightOnlySpec
+from effc.kernels.sparse_linear import emit_c as sparse
+from effc.kernels.sparse_linear.spec import SparseLinearSpec
 from effc.passes.lower.decoder import lower
 from tests.passes.test_lower import quantized
 
@@ -69,6 +71,7 @@ TEXTS: dict[str, Callable[[], str]] = {
     "cached_attention.c": lambda: attention.function(HEADS),
     "program.c": program,
     "experts.c": mixture,
+    "sparse_linear.c": lambda: sparse.function(SparseLinearSpec(packed=W8)),
     "linear_attention.c": lambda: recurrent.function(GATED),
     "quant_linear.triton": lambda: quant_gpu.emit(
         WeightOnlySpec(bits=4, group=128, symmetric=False, epilogue=("bias", "silu"), tiles=TILES[:1])

@@ -1,4 +1,4 @@
-"""Lowering of what is not a plain decoder: mixtures of experts and recurrences, as torch has them."""
+"""Lowering of what is not a plain decoder: experts, recurrences, adapters, zeros; as torch has them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from effc.compiler.assemble import assemble
 from effc.compiler.blocks import MLP, Attention, Embedding, Linear, MoE, Norm
 from effc.compiler.blocks.gated_linear_attention import GatedLinearAttention
 from effc.compiler.blocks.liger_attention import LigerAttention
+from effc.compiler.blocks.lora_linear import LoraLinear
+from effc.compiler.blocks.low_rank_linear import LowRankLinear
+from effc.compiler.blocks.quant_linear import QuantLinear
 from effc.compiler.blocks.tempered import Tempered
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
@@ -22,7 +25,7 @@ from effc.passes.lower.decoder import lower
 from effc.passes.quantize.rtn import RTN
 from effc.runtime.decoder import ProgramDecoder, TorchDecoder, ready
 from effc.runtime.kernel_table import kernels_of
-from tests.compiler.conftest import V, fill
+from tests.compiler.conftest import FAMILIES, V, fill
 from tests.passes.test_carve import carved
 from tests.passes.test_lower import BATCH, LENGTH, in_turns, padded
 
@@ -108,6 +111,7 @@ def test_a_carved_model_asks_its_router_once(tiny: Model) -> None:
     ops = [call.op for call in lower(model).plan.calls]
     assert ops.count("route") == 1
     assert ops.count("combine") == 6
+    assert "elementwise" not in ops  # the stream goes through the common part into the chosen one
 
 
 def test_packed_experts_stay_near_their_dense_values() -> None:
@@ -198,6 +202,61 @@ def test_calls_of_a_recurrence_read_one_matrix_for_all_their_rows() -> None:
     ]  # fmt: skip
     assert layer[2].paths == tuple(f"layers.0.attention.{n}" for n in "qkv")
     assert [call.op for call in plan.calls if call.opens] == ["write_cache", "recur"]
+
+
+def adapted(model: Model) -> Model:
+    """An adapter over every linear of the layers."""
+    rw, dice = Rewriter(model, "adapt.lora"), torch.Generator().manual_seed(2)
+    for path, unit in list(rw.model.units()):
+        if isinstance(unit, Linear | QuantLinear) and path.startswith("layers."):
+            over = LoraLinear.over(unit, 4, 6.0, "rank")
+            over.a = nn.Parameter(torch.randn(4, unit.in_features, generator=dice) * 0.1)
+            over.b = nn.Parameter(torch.randn(unit.out_features, 4, generator=dice) * 0.1)
+            rw.swap(path, over)
+    return rw.done()
+
+
+def test_an_adapter_costs_two_thin_products_and_no_pass_of_its_own() -> None:
+    """Its number lies in a factor, its sum begins from what the layer gave."""
+    model = adapted(fill(FAMILIES["llama"]()))
+    assert nearness(model) <= 1e-5
+    forms = [spec for call in lower(model).plan.calls for spec in call.specs if spec.op == "elementwise"]
+    assert {spec.model_dump()["form"] for spec in forms} == {"silu", "mul"}
+    plan = lower(adapted(packed(fill(FAMILIES["llama"]())))).plan
+    layer = [call.op for call in plan.calls if call.layer == 1]
+    assert layer.count("quant_linear") == 7
+    assert layer.count("dense_linear") == 14
+
+
+def test_thin_products_are_two_matrices() -> None:
+    rw = Rewriter(fill(FAMILIES["llama"]()), "reparam.low_rank")
+    for path, unit in list(rw.model.units()):
+        if isinstance(unit, Linear) and ".mlp." in path:
+            thin = LowRankLinear(in_features=unit.in_features, out_features=unit.out_features, rank=5)
+            rw.swap(path, thin)
+    assert nearness(fill(rw.done())) <= 1e-5
+
+
+def pruned(model: Model, share: float) -> Model:
+    """Of every four neighbors in the layers the first `share` of them at zero."""
+    for name, tensor in model.tensors().items():
+        if name.startswith("layers.") and tensor.ndim == 2:
+            gone = torch.arange(tensor.shape[1]) % 4 < 4 * share
+            model.place(name, nn.Parameter(tensor.detach().masked_fill(gone, 0)))
+    return model
+
+
+def test_zeros_are_left_out_where_they_are_enough() -> None:
+    half, few = (packed(pruned(fill(FAMILIES["llama"]()), share), bits=8) for share in (0.5, 0.25))
+    found, due = (torch.cat(steps(half, one)) for one in (
+        ProgramDecoder(ready(half), BATCH, LENGTH + 4), TorchDecoder(half, LENGTH + 4)
+    ))  # fmt: skip
+    assert 0 < float((found - due).norm()) <= 0.03 * float(due.norm())
+    layer = [call for call in lower(half).plan.calls if call.layer == 1]
+    assert {call.op for call in layer if "linear" in call.op} == {"sparse_linear"}
+    told = [call for call in lower(few).plan.calls if call.op == "quant_linear" and call.layer == 1]
+    assert all("% of zeros leave" in call.why for call in told)
+    assert len(told) == 4
 
 
 def test_each_call_of_a_mixture_is_named() -> None:
