@@ -36,6 +36,11 @@ def op(gives: int = 1) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         words = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         optional = sum(p.default is None for p in values)
         name = function.__name__
+        known = OPS.get(name)
+        if known is not None and known.run.__module__ != function.__module__:
+            raise TypeError(
+                f"the op {name!r} of {function.__module__} is one of {known.run.__module__} already"
+            )
         OPS[name] = Kind(name, tuple(p.name for p in values), optional, gives, words, function)
         return function
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effc.compiler.blocks.mlp import ACTIVATIONS
 from effc.compiler.op_kind import op as _op
 from effc.compiler.step import Step
 
@@ -74,7 +75,7 @@ def wide_linear(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 
 @_op()
-def leave(x: Tensor, step: Step, gate: Tensor, z: Tensor, *, number: int, threshold: float) -> Tensor:
+def exit_leave(x: Tensor, step: Step, gate: Tensor, z: Tensor, *, number: int, threshold: float) -> Tensor:
     """x [B, T, d] as it is; of gates [B, T, 1] and logits [B, T, V] who leaves here stands in the sides.
 
     The chance to leave, given that a token is still there: min(g, rest) / rest, rest = 1 - gates before.
@@ -87,7 +88,7 @@ def leave(x: Tensor, step: Step, gate: Tensor, z: Tensor, *, number: int, thresh
 
 
 @_op()
-def answer(z: Tensor, step: Step) -> Tensor:
+def exit_answer(z: Tensor, step: Step) -> Tensor:
     """logits [B, T, V], of tokens that have left those that they left with"""
     held = step.sides.get(ANSWERS)
     if held is None:
@@ -125,3 +126,22 @@ def settle(step: Step, goes: Tensor, number: int) -> None:
     left = torch.full_like(goes, -1, dtype=torch.int64) if left is None else left
     left = left.masked_fill(left >= number, -1).masked_fill(goes, number)
     step.sides[LEFT], step.sides[DEPTH] = left, (left < 0).long()
+
+
+@_op()
+def first_learners(scores: Tensor, *, fewest: int) -> Tensor:
+    """scores [..., N + 1] -> how many learners run [...] int64: the largest among fewest..N, the lower first"""
+    return scores[..., fewest:].argmax(-1) + fewest
+
+
+@_op()
+def learned(
+    x: Tensor, count: Tensor, w1: Tensor, w2: Tensor, shift: Tensor | None = None, *, form: str
+) -> Tensor:
+    """x [..., i], count [...], w1 [N, h, i], w2 [N, o, h], shift [o] -> [..., o]: the first `count` summed"""
+    out = torch.zeros(*x.shape[:-1], w2.shape[1], dtype=x.dtype, device=x.device)
+    for j in range(w1.shape[0]):
+        y = F.linear(ACTIVATIONS[form](F.linear(x, w1[j])), w2[j])
+        y = y + shift if shift is not None and j == 0 else y
+        out = out + y.where((count > j).unsqueeze(-1), 0.0)
+    return out

@@ -38,11 +38,18 @@ ROLES = (
     "moe.shared.down",
     "moe.channels",
     "router",
+    "enter",
+    "enter.router",
+    "enter.router_up",
+    "enter.guess",
     "head",
     "exit.head",
     "exit.gate",
     "learner",
+    "prefix",
     "aggregate",
+    "aggregate.mix",
+    "aggregate.score",
     "scale",
     "fast",
     "cell",
@@ -53,10 +60,14 @@ ROLES = (
 """Every role name there is; the last three belong to traced modules."""
 
 _LAYER = re.compile(r"^layers\.(\d+)\.(.+)$")
-_LAST = {"position": "embedding.position", "token_type": "embedding.type", "cls": "embedding.class"}
+_LAST = {
+    "prefix": "prefix",
+    "position": "embedding.position",
+    "token_type": "embedding.type",
+    "cls": "embedding.class",
+}
 _LAST |= dict.fromkeys(("attention_scale", "mlp_scale", "moe_scale"), "scale")
 _LAST |= dict.fromkeys(("learners_in", "learners_out", "choose_in", "choose_out"), "learner")
-_LAST |= dict.fromkeys(("streams_mix", "streams_score"), "aggregate")
 _LAST |= dict.fromkeys(("fast_in", "fast_gate", "fast_out", "q_affine", "k_affine"), "fast")
 _LAST |= dict.fromkeys(("peep", "local", *(f"gate_{name}" for name in "zrcfu")), "cell")
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from effc.compiler.blocks.acm import ACM
 from effc.compiler.blocks.attention import Attention
 from effc.compiler.blocks.exit import Exit
-from effc.compiler.blocks.skipping import SkipHead, SkipMLP
+from effc.compiler.blocks.skipping import SkipAttention, SkipHead, SkipMLP
 from effc.compiler.blocks.unit import Unit
 from effc.compiler.ops_adaptive import running
 from effc.compiler.roles import layer_of
@@ -64,8 +65,12 @@ def counting(model: Model, mean: int) -> Iterator[Spent]:
 
 def _door(unit: Unit, mean: int) -> tuple[nn.Module, int]:
     """The module that a token enters if the unit runs for it, and what the unit itself costs then."""
-    if isinstance(unit, Attention):
+    if isinstance(unit, ACM):  # each learner that runs is called
+        return unit.learners_in, unit.learner_flops()
+    if isinstance(unit, SkipAttention):
         return unit.o, Attention.flops(unit, mean)
+    if isinstance(unit, Attention):
+        return unit.o, unit.flops(mean)
     if isinstance(unit, Exit):  # its gate is computed without being called
         return unit.head, unit.flops(mean) + unit.gate.flops(mean)
     if isinstance(unit, SkipMLP):

@@ -29,16 +29,28 @@ class Cache:
         self._pairs: dict[int, tuple[Tensor, Tensor]] = {}
         self._states: dict[int, tuple[Tensor, ...]] = {}
 
-    def extend(self, block: object, k: Tensor, v: Tensor, slots: int | None = None) -> tuple[Tensor, Tensor]:
+    def extend(
+        self,
+        block: object,
+        k: Tensor,
+        v: Tensor,
+        slots: int | None = None,
+        first: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Write k, v [B, Hk, T, h] behind the filled slots; give views of all slots written so far.
 
-        `slots`: how many the block ever writes, where that is fewer than the cache has.
+        `slots`: how many the block ever writes, where that is fewer than the cache has. `first`: learned keys
+        and values [P, Hk, n, h] of P streams (B a multiple of P, stream by stream), in slots before all.
         """
         end = self._end(k)
-        keys, values = self._pair(block, k, v, self.length if slots is None else slots)
-        keys[:, :, self.filled : end] = k
-        values[:, :, self.filled : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        lead = 0 if first is None else first[0].shape[2]
+        begun = id(block) in self._pairs
+        keys, values = self._pair(block, k, v, lead + (self.length if slots is None else slots))
+        if first is not None and not begun:
+            keys[:, :, :lead], values[:, :, :lead] = (t.repeat_interleave(len(k) // len(t), 0) for t in first)
+        keys[:, :, lead + self.filled : lead + end] = k
+        values[:, :, lead + self.filled : lead + end] = v
+        return keys[:, :, : lead + end], values[:, :, : lead + end]
 
     def slide(self, block: object, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v [B, Hk, T, h] into a ring of `window` slots; give all keys and values that one of the T

@@ -15,9 +15,9 @@ from effc.compiler.blocks.norm import Norm
 from effc.compiler.blocks.unit import Unit
 from effc.compiler.ops_adaptive import (
     ANSWERS,
-    answer,
     confidence,
-    leave,
+    exit_answer,
+    exit_leave,
     leaving,
     settle,
     there,
@@ -90,7 +90,7 @@ class Exit(Unit):
         z = ops.inline("head", self.head, ops.inline("norm", self.norm, x))
         seen = ops("confidence", z, power=self.power)
         gate = ops("sigmoid", ops("wide_linear", seen, ops.weight("gate.weight"), ops.weight("gate.bias")))
-        return ops("leave", x, ops.step, gate, z, number=self.number, threshold=self.threshold)
+        return ops("exit_leave", x, ops.step, gate, z, number=self.number, threshold=self.threshold)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         if x.is_meta or self.training:
@@ -99,7 +99,7 @@ class Exit(Unit):
         if bool(come.all()):
             z = self.logits(x)
             gate = self.gates(z).unsqueeze(-1)
-            leave(x, step, gate, z, number=self.number, threshold=self.threshold)
+            exit_leave(x, step, gate, z, number=self.number, threshold=self.threshold)
         elif bool(come.any()):
             self._of_some(x, step, come)
         return x
@@ -127,8 +127,8 @@ class Answers(Unit):
         super().__init__()
 
     def expand(self, ops: Ops, x: Value) -> Value:
-        return ops("answer", x, ops.step)
+        return ops("exit_answer", x, ops.step)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
-        out: Tensor = answer(x, step)
+        out: Tensor = exit_answer(x, step)
         return out
