@@ -37,7 +37,8 @@ def attend(
     if starts is None:
         starts = torch.tensor([0, q.shape[0]], dtype=torch.int32, device=q.device)
     more = None if past is None else past.contiguous()
-    out, last = _Attend.apply(spec, *(t.contiguous() for t in (q, k, v, g)), more, starts)
+    apply: Any = _Attend.apply
+    out, last = apply(spec, *(t.contiguous() for t in (q, k, v, g)), more, starts)
     return out, last
 
 

@@ -67,7 +67,8 @@ def _pair(
     shape = (len(lengths), spec.kv_heads, spec.key_dim, spec.value_dim)
     first, dlast = draw(*shape), draw(*shape) if past else None
     leaves = [x.double().requires_grad_() for x in (q, k, v, g, first * past)]
-    out, last = reference(*leaves[:4], starts, leaves[4], scale=spec.scale)
+    wide_q, wide_k, wide_v, wide_g, wide_past = leaves
+    out, last = reference(wide_q, wide_k, wide_v, wide_g, starts, wide_past, scale=spec.scale)
 
     def fore() -> dict[str, Tensor]:
         return {"out": out.detach(), "last": last.detach()}
@@ -95,7 +96,9 @@ def _pair(
 def steps(spec: LinearAttentionGpuSpec, rows: int, seed: int) -> Case:
     """One token of each of `rows` sequences."""
     dice = torch.Generator().manual_seed(seed)
-    q, k = (torch.randn(rows, n, spec.key_dim, generator=dice).bfloat16() for n in (spec.heads, spec.kv_heads))
+    q, k = (
+        torch.randn(rows, n, spec.key_dim, generator=dice).bfloat16() for n in (spec.heads, spec.kv_heads)
+    )
     v = torch.randn(rows, spec.kv_heads, spec.value_dim, generator=dice).bfloat16()
     g = gates("open", (rows, spec.kv_heads, spec.gates), dice) - 0.25
     past = torch.randn(rows, spec.kv_heads, spec.key_dim, spec.value_dim, generator=dice)
