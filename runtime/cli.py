@@ -158,7 +158,7 @@ def _kernels(p: argparse.ArgumentParser) -> None:
         "--kernels", choices=("auto", "c", "torch"), default="auto",
         help="auto: one C program where the model has one (default), else torch",
     )  # fmt: skip
-    p.add_argument("--isa", choices=("avx512", "avx2", "portable"), help="instructions of the C program")
+    p.add_argument("--isa", choices=("amx", "avx512", "avx2", "portable"), help="instructions of the C program")
 
 
 def _model(p: argparse.ArgumentParser) -> None:

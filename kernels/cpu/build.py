@@ -15,7 +15,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from effc.kernels.cpu.isa import Isa
+from effc.kernels.cpu.isa import Isa, available
 from effc.kernels.place import folder
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -50,8 +50,10 @@ def build(text: str, isa: Isa) -> Path:
     if found is None:
         help = "install gcc or clang, or go on with torch's own kernels"
         raise EffcError(Diagnostic("E501", "there is no C compiler", help=help))
+    if isa is Isa.AMX:
+        available()  # asks for its registers; without them its first instruction would end the process
     path, version = found
-    flags = (*_COMMON, *isa.flags, *os.environ.get(MORE_FLAGS, "").split())
+    flags = (*_COMMON, *isa.flags_for(text), *os.environ.get(MORE_FLAGS, "").split())
     name = hashlib.sha256("\0".join((text, version, *flags)).encode()).hexdigest()[:24]
     place = folder()
     library = place / f"{name}.so"

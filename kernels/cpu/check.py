@@ -25,6 +25,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from effc.kernels.cpu.build import MORE_FLAGS
 from effc.kernels.cpu.case import Case, Inside
 from effc.kernels.cpu.entry import launch, team
 from effc.kernels.cpu.isa import Isa
@@ -45,8 +46,12 @@ class Op(Protocol):
     def cases(self, spec: KernelSpec) -> Iterator[Case]: ...
 
 
-def run(jobs: Sequence[Mapping[str, Any]], sanitized: bool = False, seconds: float = 1200) -> list[str]:
+def run(
+    jobs: Sequence[Mapping[str, Any]], sanitized: bool = False, seconds: float = 1200, flags: str = ""
+) -> list[str]:
     """For each job the first thing that is wrong, in words; "" when nothing is.
+
+    `flags` go to the compiler besides, such as `-DTILES_IN_C`: plain C in the place of matrix units.
 
     Raises:
         RuntimeError: there are no sanitizers, or the process fails; its last words.
@@ -54,6 +59,7 @@ def run(jobs: Sequence[Mapping[str, Any]], sanitized: bool = False, seconds: flo
     more = sanitizing() if sanitized else {}
     if isinstance(more, str):
         raise RuntimeError(more)
+    more = more | {MORE_FLAGS: f"{more.get(MORE_FLAGS, '')} {flags}"}
     done = subprocess.run(
         [sys.executable, "-m", "effc.kernels.cpu.check"], input=json.dumps(list(jobs)), capture_output=True,
         text=True, env={**os.environ, **more}, timeout=seconds, check=False,

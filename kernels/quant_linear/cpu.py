@@ -23,9 +23,9 @@ def parse(data: Mapping[str, Any]) -> QuantLinearSpec:
 
 
 def cases(spec: QuantLinearSpec) -> Iterator[Case]:
-    """Rows fewer than a tile's and more, channels that fill no block, a last group where rows are whole."""
-    for m, n in ((1, 96), (2, 32), (10, 96)) if spec.paired else ((1, 70), (5, 64), (9, 131)):
-        yield _case(spec, m, n, 2 * spec.group or 4 * 33)
+    """Rows fewer than a tile's and more, channels that fill no block, whole rows that fill no vector."""
+    for m, n in ((1, 96), (2, 32), (18, 96)) if spec.paired else ((1, 70), (5, 64), (21, 131)):
+        yield _case(spec, m, n, 2 * spec.group or (192 if m > 9 else 4 * 33))
 
 
 def _case(spec: QuantLinearSpec, m: int, n: int, k: int) -> Case:

@@ -12,6 +12,7 @@ from effc.kernels.cpu.parts import PARTS
 from effc.kernels.cpu.team import TEAM_HEADER
 from effc.kernels.cpu.vectors import VECTORS
 from effc.kernels.epilogue import EPILOGUES, operands
+from effc.kernels.quant_linear import planes, tiles_c
 from effc.kernels.quant_linear.spec import BLOCK, QuantLinearSpec
 
 QUANTIZE = (
@@ -22,6 +23,32 @@ QUANTIZE = (
 #else
 #define TILED
 #endif
+INLINE i32x16 larger_bits(i32x16 a, i32x16 b) {
+#if defined(__AVX512F__)
+  return (i32x16)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
+  return (a & (a > b)) | (b & ~(a > b));
+#endif
+}
+INLINE float largest_bits(i32x16 v) {
+#if defined(__AVX512F__)
+  const int32_t most = _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t most = 0;
+  for (int i = 0; i < 16; i++) most = v[i] > most ? v[i] : most;
+#endif
+  float a; memcpy(&a, &most, 4);
+  return a;
+}
+INLINE int32_t sum_bits(i32x16 v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t s = 0;
+  for (int i = 0; i < 16; i++) s += v[i];
+  return s;
+#endif
+}
 /* rows of x as signed bytes: for each group the scale most / 127 and the sum of the bytes; items first to
    last of M * K / width, so that members can share one row */
 static void quantize(const float *RESTRICT x, long width, long first, long last,
@@ -29,12 +56,9 @@ static void quantize(const float *RESTRICT x, long width, long first, long last,
   for (long item = first; item < last; item++) {
     const float *p = x + item * width;
     int8_t *q = xq + item * width;
-    f32x16 most = {0};
-    for (long k = 0; k < width; k += 16) {
-      f32x16 a = magnitude(take(p + k, width - k));
-      most = choose((a > most) | (a != a), a, most);
-    }
-    float m = largest_of(most), inverse = m > 0 ? 127.0f / m : 0.0f;
+    i32x16 most = {0};   /* of magnitudes as integers: what is not a number is the largest of all */
+    for (long k = 0; k < width; k += 16) most = larger_bits(most, (i32x16)magnitude(take(p + k, width - k)));
+    float m = largest_bits(most), inverse = m > 0 ? 127.0f / m : 0.0f;
     i32x16 sum = {0};
     for (long k = 0; k < width; k += 16) {
       i32x16 v = __builtin_convertvector(nearest(take(p + k, width - k) * inverse), i32x16);
@@ -42,13 +66,12 @@ static void quantize(const float *RESTRICT x, long width, long first, long last,
       sum += v;
       memcpy(q + k, &b, width - k < 16 ? width - k : 16);
     }
-    int32_t s = 0;
-    for (int i = 0; i < 16; i++) s += sum[i];
     xs[item] = m * (1 / 127.0f);
-    xsum[item] = s;
+    xsum[item] = sum_bits(sum);
   }
 }
 """
+    + tiles_c.TILES
 )
 
 _ENTRY = r"""
@@ -96,8 +119,11 @@ def title(spec: QuantLinearSpec) -> str:
    operations  2 M N K */"""
 
 
-TILES = ((6, 2), (3, 4), (1, 4))
+TILES = ((6, 2), (3, 4), (2, 4), (1, 4))
 """Rows of x and vectors of W whose sums the registers hold; proved bit-equal, so not in the spec."""
+FEW = 4
+"""From this many rows on matrix units take over, where there are any."""
+CHAINS = {name: step.c for name, step in EPILOGUES.items()}
 
 
 def function(spec: QuantLinearSpec) -> str:
@@ -114,10 +140,14 @@ def function(spec: QuantLinearSpec) -> str:
 #undef COLUMNS
 #define WIDTH(K) {width}
 #define COLUMNS {outputs}L
-{tiles}
+{tiles}{tiles_c.function(spec, takes)}
 static void quant_linear_{spec.key}(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint8_t *RESTRICT w, float *RESTRICT y{takes}, long M, long N, long K, long first, long last) {{
+#if defined(TILE_LOAD)
+  if (M >= {FEW} && {tiles_c.fits(spec)} && tiles_{spec.key}(xq, xs, xsum, w, y{gives}, M, N, K, first, last))
+    return;
+#endif
   for (long block = first; block < last; block++) {{
     long m = 0;
 {loops}  }}
@@ -128,8 +158,12 @@ static void quant_linear_{spec.key}(
 def _tile(spec: QuantLinearSpec, rows: int, vectors: int, takes: str) -> str:
     """Rows times vectors of one block; sizes are literals, as sums in arrays of others go to memory."""
     by = 1 if vectors == 4 else _apart(spec)
-    head = BLOCK * (2 if spec.symmetric else 3)
+    head = planes.head(spec)
     each_row, each_vector = f"for (int r = 0; r < {rows}; r++)", f"for (int i = 0; i < {vectors}; i++)"
+    dot = (
+        f"TILED for (int r = 0; r < {rows}; r++) "
+        "d[r][i] = dot4(d[r][i], {w}, load_word(a + r * K + {at}));"
+    )
     return f"""
 INLINE void tile{rows}_{spec.key}(const int v0, long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
@@ -149,19 +183,19 @@ INLINE void tile{rows}_{spec.key}(const int v0, long m0, long block,
     for (long s = 0; s < width; s += {spec.columns}) {{
       TILED {each_vector} {{
         const int v = v0 + i * {by};
-{_step(spec, rows)}
+{planes.unpacked(spec, dot)}
       }}
-      codes += {4 * 64 * _vectors(spec)};
+      codes += {planes.step_bytes(spec)};
       a += {spec.columns};
     }}
     TILED {each_vector} {{
-      f32x16 scale = {_scale(spec)}((const uint16_t *)p + 16 * (v0 + i * {by}));
+      f32x16 scale = {planes.scale(spec)}((const uint16_t *)p + 16 * (v0 + i * {by}));
       TILED {each_row} f[r][i] += to_float(d[r][i]) * (scale * xs[(m0 + r) * groups + g]);
     }}
   }}
   TILED {each_row} {{
     const long m = m0 + r;
-{_finish(spec, vectors)}
+{planes.finished(spec.paired, spec.epilogue, vectors, CHAINS)}
   }}
 }}
 """
@@ -181,67 +215,6 @@ def _apart(spec: QuantLinearSpec) -> int:
     return 2 if spec.paired else 1
 
 
-def _vectors(spec: QuantLinearSpec) -> int:
-    """Vectors of 64 bytes that one step has for every 16 channels."""
-    return 3 if spec.bits == 3 else 1
-
-
-def _scale(spec: QuantLinearSpec) -> str:
-    return "load_f16" if spec.scale == "float16" else "load_bf16"
-
-
 def _zero(spec: QuantLinearSpec, by: int) -> str:
     """Sums begin at minus the zero code times the sum of x, so that codes are used as they are."""
     return f"all_int({spec.mid})" if spec.symmetric else f"widen(p + {2 * BLOCK} + 16 * (v0 + i * {by}))"
-
-
-def _step(spec: QuantLinearSpec, rows: int) -> str:
-    """Unpack the planes of one vector and take each times its four columns of every row."""
-    dot = (
-        f"TILED for (int r = 0; r < {rows}; r++) "
-        "d[r][i] = dot4(d[r][i], {w}, load_word(a + r * K + {at}));"
-    )
-    if spec.bits == 8:
-        return "        u8x64 q = load_bytes(codes + 64 * v);\n        " + dot.format(w="q", at=0)
-    if spec.bits != 3:
-        lines = ["u32x16 q = (u32x16)load_bytes(codes + 64 * v);"]
-        mask = f"0x{((1 << spec.bits) - 1) * 0x01010101:08x}u"
-        for plane in range(8 // spec.bits):
-            code = f"(u8x64)((q >> {spec.bits * plane}) & {mask})" if plane else f"(u8x64)(q & {mask})"
-            lines.append(f"{{ u8x64 c = {code}; {dot.format(w='c', at=4 * plane)} }}")
-    else:
-        lines = [
-            "const uint8_t *three = codes + 192 * v;",
-            "u32x16 low[2] = {(u32x16)load_bytes(three), (u32x16)load_bytes(three + 64)};",
-            "u32x16 high = (u32x16)load_bytes(three + 128);",
-        ]
-        for plane in range(8):
-            low = f"((low[{plane // 4}] >> {2 * (plane % 4)}) & 0x03030303u)"
-            code = f"(u8x64)({low} | (((high >> {plane}) & 0x01010101u) << 2))"
-            lines.append(f"{{ u8x64 c = {code}; {dot.format(w='c', at=4 * plane)} }}")
-    return "\n".join("        " + line for line in lines)
-
-
-def _finish(spec: QuantLinearSpec, vectors: int) -> str:
-    """The epilogue on each vector, then the store."""
-    chain = list(spec.epilogue)
-    lines = []
-    if spec.paired:
-        lines += [
-            f"TILED for (int i = 0; i < {vectors // 2}; i++) {{",
-            "  const long n = block * COLUMNS + 16 * (v0 + i), count = N - n;",
-            "  if (count <= 0) continue;",
-            "  f32x16 a = f[r][i];",
-            f"  a = {EPILOGUES[chain.pop(0)].c};",
-            f"  a = a * f[r][i + {vectors // 2}];",
-        ]
-    else:
-        lines += [
-            f"TILED for (int i = 0; i < {vectors}; i++) {{",
-            "  const long n = block * COLUMNS + 16 * (v0 + i), count = N - n;",
-            "  if (count <= 0) continue;",
-            "  f32x16 a = f[r][i];",
-        ]
-    lines += [f"  a = {EPILOGUES[name].c};" for name in chain]
-    lines += ["  give(y + m * N + n, a, count);", "}"]
-    return "\n".join("    " + line for line in lines)

@@ -20,17 +20,25 @@ from effc.kernels.cpu.sanitize import sanitizing
 from effc.kernels.dense_linear.spec import DenseLinearSpec
 from effc.kernels.elementwise import ElementwiseSpec
 from effc.kernels.embed.spec import EmbedSpec
+from effc.kernels.experts.combine import CombineSpec
+from effc.kernels.experts.linear import ExpertLinearSpec
+from effc.kernels.experts.route import RouteSpec
+from effc.kernels.experts.spread import SpreadSpec
 from effc.kernels.kernel import KernelSpec
+from effc.kernels.linear_attention.spec_c import RecurrentSpec
 from effc.kernels.multi_lora.spec import MultiLoraSpec
 from effc.kernels.norm.spec import NormSpec
 from effc.kernels.quant_linear.spec import QuantLinearSpec
+from effc.kernels.recurrent_cell import RecurrentCellSpec
+from effc.kernels.sparse_linear.spec import SparseLinearSpec
 
 ROOT = Path(__file__).parents[2]
 sanitized = pytest.mark.skipif(isinstance(sanitizing(), str), reason=str(sanitizing()))
 
 QUANT, DENSE, NORM, EMBED = "quant_linear.cpu", "dense_linear.cpu", "norm.cpu", "embed.cpu"
 ATTEND, PLAIN, TOKEN = "cached_attention.cpu", "elementwise", "choose_token"
-LORA = "multi_lora.cpu"
+LORA, RECUR, SPARSE = "multi_lora.cpu", "linear_attention.cpu", "sparse_linear.cpu"
+ROUTE, SPREAD, EXPERT, COMBINE = (f"experts.{name}" for name in ("route", "spread", "linear", "combine"))
 SPECS: list[tuple[str, KernelSpec]] = [
     (QUANT, QuantLinearSpec(bits=4, group=32, symmetric=False, epilogue=("bias", "gelu", "residual"))),
     (QUANT, QuantLinearSpec(bits=8, group=0, scale="bfloat16", paired=True, epilogue=("silu", "row_scale"))),
@@ -54,6 +62,21 @@ SPECS: list[tuple[str, KernelSpec]] = [
     (PLAIN, ElementwiseSpec(form="softcap", factor=30.0)),
     (TOKEN, ChooseTokenSpec()),
     (LORA, MultiLoraSpec(factor="bfloat16")),
+    (ROUTE, RouteSpec(form="best", experts=19, active=3)),
+    (ROUTE, RouteSpec(form="above", experts=5, active=5, act="tanh", tau=0.5, least=0.2)),
+    (ROUTE, RouteSpec(form="largest", experts=7, active=1)),
+    (SPREAD, SpreadSpec(experts=4, active=2)),
+    (EXPERT, ExpertLinearSpec(experts=4, active=2, packed=QuantLinearSpec(bits=4, group=32))),
+    (EXPERT, ExpertLinearSpec(experts=4, active=2,
+                              dense=DenseLinearSpec(paired=True, epilogue=("silu",)))),
+    (COMBINE, CombineSpec(active=2, residual=True)),
+    (RECUR, RecurrentSpec(heads=6, kv_heads=2, key_dim=24, value_dim=24, divisor=16.0, q="softmax",
+                          k="softmax", norm=1e-6)),
+    (RECUR, RecurrentSpec(heads=2, kv_heads=1, key_dim=33, value_dim=6, divisor=16.0, over="value",
+                          v="entry", pool=4)),
+    (SPARSE, SparseLinearSpec(packed=QuantLinearSpec(bits=8, group=64, epilogue=("bias",)))),
+    ("recurrent_cell", RecurrentCellSpec(cell="lstm_cifg", width=21)),
+    (PLAIN, ElementwiseSpec(form="mul", each=3)),
 ]  # fmt: skip
 FAULTS: dict[str, tuple[int, str, str, str]] = {
     # what is wrong: the spec above, its text, what stands instead, how it is found
@@ -96,8 +119,46 @@ FAULTS: dict[str, tuple[int, str, str, str]] = {
     "another adapter's rows": (18, "edges[index[m]] + item % most", "item % most", "y["),
     "sums of the next adapter": (18, "r < edges[i + 1] - edges[i]", "r <= edges[i + 1] - edges[i]", ""),
     "no barrier between the factors": (18, "a->team->meet(members);", "", "in turns"),
+    "the later of two equal experts": (19, "p[i] > p[best]", "p[i] >= p[best]", "chosen["),
+    "an expert chosen twice": (19, "taken[best] = 1;", "", "chosen["),
+    "weights that do not sum to one": (19, "w[j] /= sum", "w[j] /= 1.0f", "weights["),
+    "small weights that stay": (20, "stays ? i : 5", "i", "chosen["),
+    "the last of equal scores": (21, "p[i] > p[best]", "p[i] >= p[best]", ""),
+    "a place for no expert": (22, "if (at < 0) continue;", "", ""),
+    "rows of another choice": (22, "i / 2 * bytes_a", "i * bytes_a", ""),
+    "the next expert's matrix": (23, "w + e * apart", "w + (e + 1) * apart", ""),
+    "rows of the expert before": (23, "xq + at * K", "xq + edges[0] * K", "y["),
+    "results of the expert before": (24, "y + at * N", "y", "y["),
+    "the first matrix twice": (24, "w2 + e * N * K", "w + e * N * K", "y["),
+    "an expert's weight for all": (25, "weights[m * 2 + j] * take", "weights[m * 2] * take", "y["),
+    "what stands in another place": (25, "z + at * D", "z + m * D", "y["),
+    "a state that a new sequence finds": (26, "if (position[m] == 0) memset", "if (0) memset", "y["),
+    "states of another sequence": (26, "((slot[m] * 2", "((0 * 2", "y["),
+    "gates of the first key head": (26, "j * 24;\n    float mean", "0;\n    float mean", "y["),
+    "keys of another head": (26, "keys + (m * 2 + j)", "keys + (m * 2)", "y["),
+    "no barrier behind the rows": (26, "a->team->meet(members);", "", "in turns"),
+    "what is forgotten is let in": (27, "entry(g)", "exponential(g)", "y["),
+    "a store past the last value": (27, ", count);\n      }", ", 16);\n      }", ""),
+    "codes of another block": (28, "codes + starts[block]", "codes + starts[0]", "y["),
+    "codes that stay where they were": (28, "p += bits_of(*b++)", "p += bits_of(*b)", ""),
+    "pruned weights that are no zeros": (28, "(u32x16)c ^ 0x80808080u", "(u32x16)c ^ 0x81818181u", "y["),
+    "a code too many": (28, "from[n++]", "from[++n]", "y["),
+    "a block written over the next": (28, "malloc(size + 64)", "malloc(size - 64)", ""),
+    "a cell that a new sequence finds": (29, "if (position[m] == 0)", "if (0)", "y["),
+    "the state of another sequence": (29, "slot[m] * 42", "0 * 42", "y["),
+    "a share read too far": (30, "j < i + 16 && j < last", "j < i + 16", ""),
     "a shift out of range": (2, "<< 2)", "<< 34)", ""),
 }  # fmt: skip
+TILE_FAULTS: dict[str, tuple[int, str, str, str]] = {
+    "a last tile of rows past the end": (0, "(t + 1) * R < M ? t * R + r : M - R + r", "t * R + r", ""),
+    "rows of x past the end": (3, "at + R < M ? at : M - R;", "at;", ""),
+    "rows of the whole tile": (0, "tiles_of(R,", "tiles_of(16,", "AddressSanitizer"),
+    "sums of the tile before": (0, "e = d[g % 2]", "e = d[(g + 1) % 2]", ""),
+    "codes still unsigned": (2, "u8x64 less = c - 4;", "u8x64 less = c;", "y["),
+    "zero codes of the first vector": (0, "-widen(p + 128 + 16 * v)", "-widen(p + 128)", "y["),
+    "a second matrix in the place of the first": (1, "f[0] + i)", "f[0])", ""),
+}
+"""Of matrix units, with plain C in their place."""
 
 
 def job(op: str, spec: KernelSpec, isa: str, text: str | None = None) -> dict[str, Any]:
@@ -131,6 +192,24 @@ def test_seeded_faults_are_found() -> None:
 
 
 @sanitized
+def test_matrix_units_keep_to_their_memory_and_faults_in_their_use_are_found() -> None:
+    """Plain C stands for the instructions, so every byte they would touch is watched, on any processor."""
+    jobs = [job(op, spec, available()[-1]) for op, spec in SPECS if op == QUANT]
+    for name, (i, old, new, _) in TILE_FAULTS.items():
+        text = emitted(*SPECS[i])
+        assert old in text, name
+        jobs.append(job(*SPECS[i], available()[-1], text.replace(old, new)))
+    found = check.run(jobs, sanitized=True, flags="-DTILES_IN_C")
+    assert found[: -len(TILE_FAULTS)] == [""] * 4
+    missed = {
+        name: words
+        for (name, (*_, by)), words in zip(TILE_FAULTS.items(), found[4:], strict=True)
+        if not words or by not in words
+    }
+    assert missed == {}
+
+
+@sanitized
 def test_whole_programs_keep_to_their_memory_and_to_defined_arithmetic() -> None:
     """Packed and dense models, prompts of unequal lengths and single tokens, one member and two."""
     more = sanitizing()
@@ -142,7 +221,7 @@ def test_whole_programs_keep_to_their_memory_and_to_defined_arithmetic() -> None
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name: words for name, words in found.items() if words != "as torch has it"} == {}
-    assert len(found) == 4
+    assert len(found) == 6
 
 
 def emitted(op: str, spec: KernelSpec) -> str:

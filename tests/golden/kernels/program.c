@@ -50,7 +50,7 @@ static void part_1(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.attention.q, layer.attention.k, layer.attention.v */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_e815543366f5c35a((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[1], (void *)(shared + 448 * capacity), M, 64, 32, i0, i1);
+    quant_linear_4e13995d483bf5a6((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[1], (void *)(shared + 448 * capacity), M, 64, 32, i0, i1);
   }
   a->team->meet(members);
   /* write_cache: layer.attention */
@@ -74,7 +74,7 @@ static void part_1(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.attention.o */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_90a880208ec77522((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 384 * row_capacity), w[2], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 32, i0, i1);
+    quant_linear_cdcdcabd5ce092fe((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 384 * row_capacity), w[2], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 32, i0, i1);
   }
   a->team->meet(members);
   /* norm: layer.norm2 */
@@ -85,7 +85,7 @@ static void part_1(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.mlp.gate, layer.mlp.up */
   { const long i0 = (2) * member / members,
       i1 = (2) * (member + 1) / members;
-    quant_linear_8e7c13706e43a927((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[4], (void *)(shared + 448 * capacity), M, 48, 32, i0, i1);
+    quant_linear_71a92710a6edda94((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[4], (void *)(shared + 448 * capacity), M, 48, 32, i0, i1);
   }
   a->team->meet(members);
   /* quantize: layer.mlp.down */
@@ -94,7 +94,7 @@ static void part_1(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.mlp.down */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_90a880208ec77522((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[5], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 48, i0, i1);
+    quant_linear_cdcdcabd5ce092fe((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[5], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 48, i0, i1);
   }
 }
 
@@ -116,7 +116,7 @@ static void part_2(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.attention.q, layer.attention.k, layer.attention.v */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_5ee01a089c9c63f0((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[1], (void *)(shared + 448 * capacity), M, 64, 32, i0, i1);
+    quant_linear_300e36827040eb8e((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[1], (void *)(shared + 448 * capacity), M, 64, 32, i0, i1);
   }
   a->team->meet(members);
   /* write_cache: layer.attention */
@@ -140,7 +140,7 @@ static void part_2(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.attention.o */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_13b965eea83cb2cb((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 384 * row_capacity), w[2], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 32, i0, i1);
+    quant_linear_35dc99e8a2355276((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 384 * row_capacity), w[2], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 32, i0, i1);
   }
   a->team->meet(members);
   /* norm: layer.norm2 */
@@ -151,7 +151,7 @@ static void part_2(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.mlp.gate, layer.mlp.up */
   { const long i0 = (2) * member / members,
       i1 = (2) * (member + 1) / members;
-    quant_linear_102fc50e0b7df25d((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[4], (void *)(shared + 448 * capacity), M, 48, 32, i0, i1);
+    quant_linear_489351e1b6dcd03c((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[4], (void *)(shared + 448 * capacity), M, 48, 32, i0, i1);
   }
   a->team->meet(members);
   /* quantize: layer.mlp.down */
@@ -160,7 +160,7 @@ static void part_2(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.mlp.down */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_13b965eea83cb2cb((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[5], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 48, i0, i1);
+    quant_linear_35dc99e8a2355276((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[5], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 48, i0, i1);
   }
 }
 
@@ -186,7 +186,7 @@ static void part_3(const struct program *a, int member, int members, const void 
   /* quant_linear: embedding */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_e815543366f5c35a((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[1], a->logits, M, 61, 32, i0, i1);
+    quant_linear_4e13995d483bf5a6((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[1], a->logits, M, 61, 32, i0, i1);
   }
 }
 
