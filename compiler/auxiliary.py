@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from effc.compiler.blocks.averaged import Averaged
 from effc.compiler.blocks.moe import MoE, best
+from effc.compiler.blocks.recursion import Enter
 from effc.compiler.blocks.tempered import Tempered
+from effc.compiler.depth_losses import depth_losses, move_biases
 
 if TYPE_CHECKING:
     from effc.compiler.method import Batch
@@ -33,11 +35,12 @@ Inputs = dict[str, list[Tensor]]
 def answered(model: Model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Logits [B, T, V] of a training pass, and weighted auxiliary losses [] by name, to be added to the loss.
 
-    Mixtures and ensembles are put into training here: then capacity, jitter and dealing out are in force.
+    Mixtures, ensembles and loops that choose tokens are put into training here: then capacity, jitter,
+    dealing out and the choice of the best are in force.
     """
     blocks = mixtures(model)
     for _, unit in model.units():
-        if isinstance(unit, MoE | Tempered | Averaged):
+        if isinstance(unit, MoE | Tempered | Averaged | Enter):
             unit.train()
         if isinstance(unit, Tempered):
             unit.progress = batch.at / max(1, batch.of - 1)
@@ -47,12 +50,14 @@ def answered(model: Model, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     pooled = _pooled([(b, p, f) for b, p, f in found if b.pooled])
     apart = [b.balance * _loss(p, f) for b, p, f in found if not b.pooled]
     weighed = [*pooled, *apart]
-    return logits, {"balance": torch.stack(weighed).sum()} if weighed else {}
+    more = {"balance": torch.stack(weighed).sum()} if weighed else {}
+    return logits, more | depth_losses(model, batch.step)
 
 
 @torch.no_grad()
 def after_step(model: Model, weights: Mapping[str, nn.Parameter], progress: float) -> None:
     """What blocks do with their `weights`, by name, after each optimizer step; progress is 1 at the last."""
+    move_biases(model, weights)
     for path, unit in model.units():
         if isinstance(unit, Averaged):
             for name in ("gate", "up", "down"):

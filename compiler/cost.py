@@ -6,6 +6,7 @@ by, plus 4 * mean * heads * head_dim for attention over `mean` keys.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -37,16 +38,18 @@ def count(model: Model, mean: int = 0) -> Cost:
     """The cost of a model (meta or real) with `mean` keys attended to on average."""
     seen: set[int] = set()
     params = stored = flops = kv = state = 0
-    for _, unit in model.units():
+    often, run = repeats(model), _run_by(model)
+    for path, unit in model.units():
         for tensor, logical in unit.stored():
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             params += logical
             stored += tensor.numel() * tensor.element_size()
-        flops += unit.flops(mean)
-        kv += unit.kv_bytes()
-        state += unit.state_bytes()
+        times = often if path.startswith("layers.") else 1
+        flops += times * round(unit.flops(mean) * (_share(path, run) if run else 1))
+        kv += times * unit.kv_bytes()
+        state += times * unit.state_bytes()
     for tensor in model.tensors().values():
         if id(tensor) not in seen:  # a traced module's own layers are no units
             params += tensor.numel()
@@ -54,6 +57,39 @@ def count(model: Model, mean: int = 0) -> Cost:
     return Cost(params, stored, flops, kv, state)
 
 
+def _run_by(model: Model) -> dict[str, float]:
+    """Path of a block -> the share of tokens that run it, of blocks inside of loops that some tokens run."""
+    from effc.compiler.blocks.recursion import Enter, Leave
+
+    found: dict[str, float] = {}
+    inside: float | None = None
+    for node in model.gm.graph.nodes:
+        if node.op != "call_module":
+            continue
+        block = model.module(str(node.target))
+        if isinstance(block, Leave):
+            inside = None
+        if inside is not None:
+            found[str(node.target)] = inside
+        if isinstance(block, Enter):
+            inside = block.share
+    return found
+
+
+def _share(path: str, run: Mapping[str, float]) -> float:
+    """The share of tokens that run the unit at a path."""
+    while path:
+        if path in run:
+            return run[path]
+        path = path.rpartition(".")[0]
+    return 1.0
+
+
 def cache_bytes(model: Model, tokens: int) -> int:
     """Bytes of the cache of one sequence with room for so many tokens, as generation makes it."""
-    return sum(unit.cache_bytes(tokens) for _, unit in model.units())
+    return repeats(model) * sum(unit.cache_bytes(tokens) for _, unit in model.units())
+
+
+def repeats(model: Model) -> int:
+    """How often the layers run for one token: once, or in every stream of a model that has several."""
+    return int(getattr(getattr(model.gm, "streams", None), "streams", 1))

@@ -37,7 +37,8 @@ Predicate = Callable[[Model, Sequence[str]], bool]
 def region(fact: Fact, method: Method | None, model: Model) -> list[str]:
     """The module paths that a fact speaks of: what the method selects, a role, or all that hold weights."""
     if fact.region == "select" and isinstance(method, Selects):
-        return [path for path in method.targets(model) if path in model.roles]
+        inside = (path.removesuffix(".base") for path in method.targets(model))
+        return [path for path in inside if path in model.roles]
     if fact.region in ("select", "model"):
         return list(model.roles)
     return model.paths(fact.region)
@@ -65,8 +66,9 @@ def dense(model: Model, paths: Sequence[str]) -> bool:
 
 
 def packed(model: Model, paths: Sequence[str]) -> bool:
-    """Every weight matrix is stored as packed integers."""
-    units = [model.module(p) for p in paths]
+    """Every weight matrix is stored as packed integers; beneath an adapter, what lies there."""
+    held = [model.module(p) for p in paths]
+    units = [u.base if isinstance(u, LoraLinear) else u for u in held]
     matrices = [u for u in units if isinstance(u, Packed | Linear | StackedLinear | Embedding | FORMED)]
     return bool(matrices) and all(isinstance(u, Packed) for u in matrices)
 

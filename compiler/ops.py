@@ -1,6 +1,7 @@
 """Ops: the closed set of typed operations that blocks expand into. Lowering and analysis see only these.
 
-Those of recurrent blocks stand in ops_state.py, those of maps that layers share in ops_maps.py.
+Those of recurrent blocks stand in ops_state.py, those of maps that layers share in ops_maps.py,
+those of loops that some tokens run in ops_tokens.py.
 
 Shapes: B sequences, T tokens, S keys, N tokens in a row, d width, H heads of width h, E experts, k active.
 Each op is its definition: positional arguments are values, keyword arguments are attributes. Nothing is
@@ -28,11 +29,12 @@ from effc.compiler.op_kind import OPS, Kind
 from effc.compiler.op_kind import op as _op
 from effc.compiler.ops_maps import heard
 from effc.compiler.ops_state import scan
+from effc.compiler.ops_tokens import enter
 from effc.compiler.packing import unpack as _unpack
 from effc.compiler.planes import dense as _of_planes
 from effc.compiler.step import Step
 
-__all__ = ["OPS", "Kind", "heard", "scan"]
+__all__ = ["OPS", "Kind", "enter", "heard", "scan"]
 
 State = tuple[Tensor, Tensor] | None
 """Keys and values [B, Hk, S, h] of earlier tokens; None before the first."""
@@ -150,7 +152,7 @@ def shift(index: Tensor, *, by: int) -> Tensor:
 @_op()
 def heads(x: Tensor, *, count: int) -> Tensor:
     """x [B, T, H h] -> [B, T, H, h]"""
-    return x.view(*x.shape[:-1], count, -1)
+    return x.view(*x.shape[:-1], count, x.shape[-1] // count)
 
 
 @_op()

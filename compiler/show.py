@@ -138,7 +138,7 @@ def _dtypes(module: nn.Module) -> str:
 
 def _detail(module: nn.Module) -> str:
     """What is unusual inside a block: units that are no plain Linear or Norm, window, heads."""
-    words: list[str] = []
+    words: list[str] = [said] if (said := getattr(module, "says", "")) else []
     heads = getattr(module, "heads", None)
     if heads:
         words.append(f"{heads}/{module.kv_heads} heads of {module.head_dim}")

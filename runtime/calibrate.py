@@ -107,7 +107,7 @@ class _Run:
         return self._outcome({"scores": scores})
 
     def inspected(self, method: Inspect) -> Outcome:
-        """Look at the watched modules of the unchanged model, then edit it as one piece; without data, edit."""
+        """Look at watched modules of the unchanged model, then edit it as one piece; without data, edit."""
         kept: dict[str, list[Tensor]] = {}
         if self.batches:
             self._enter()

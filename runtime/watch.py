@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from effc.compiler.blocks import Unit
+from effc.compiler.blocks import LoraLinear, Unit
 from effc.compiler.rewrite import Edit, Rewriter
 from effc.compiler.shapes import Calibrate, Statistic
 
@@ -61,13 +61,13 @@ class Snapshot:
     """The modules and tensors of a model at one moment, by identity; the references keep ids unique."""
 
     def __init__(self, rw: Rewriter) -> None:
-        self.modules = {path: rw.module(path) for path in rw.model.roles}
+        self.modules = {path: rw.module(path) for path in _places(rw)}
         self.tensors = rw.model.tensors()
         self.log = len(rw.log)
 
     def changes(self, rw: Rewriter, errors: Mapping[str, float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What an edit has changed since, for a journal: new tensors, and how modules and ties now are."""
-        swapped = [path for path in rw.model.roles if rw.module(path) is not self.modules.get(path)]
+        swapped = [path for path in _places(rw) if rw.module(path) is not self.modules.get(path)]
         known = {id(tensor) for tensor in self.tensors.values()}
         tensors = {name: t for name, t in rw.model.tensors().items() if id(t) not in known}
         below = tuple(f"{path}." for path in swapped)
@@ -78,6 +78,12 @@ class Snapshot:
             "log": [[e.verb, e.path, e.detail] for e in rw.log[self.log :]],
         }
         return tensors, data
+
+
+def _places(rw: Rewriter) -> list[str]:
+    """Where a module may be put: every place with a role, and what lies beneath an adapter."""
+    roles = list(rw.model.roles)
+    return roles + [f"{path}.base" for path in roles if isinstance(rw.module(path), LoraLinear)]
 
 
 def restore(rw: Rewriter, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> dict[str, float]:

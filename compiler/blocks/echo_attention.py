@@ -67,6 +67,11 @@ class LeadAttention(Attention):
         self.maps: Maps = maps
 
     @property
+    def says(self) -> str:
+        """What `effc show` tells of it."""
+        return f"map of group {self.group}"
+
+    @property
     def tells(self) -> str:
         """The name under which the layers of the group find what this one tells."""
         return f"map {self.group}"
@@ -140,6 +145,11 @@ class EchoAttention(Unit):
         self.dtype = dtype
         self.v = Linear(in_features=width, out_features=kv_heads * head_dim, bias=bias, dtype=dtype)
         self.o = Linear(in_features=heads * head_dim, out_features=width, bias=bias_o, dtype=dtype)
+
+    @property
+    def says(self) -> str:
+        """What `effc show` tells of it."""
+        return f"by the map of group {self.group}"
 
     @property
     def hears(self) -> str:

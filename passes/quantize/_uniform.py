@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, ClassVar, Literal, cast
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import torch
 from annotated_types import Gt
@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from effc.compiler.blocks.embedding import Embedding
-from effc.compiler.blocks.linear import StackedLinear
+from effc.compiler.blocks.linear import Linear, StackedLinear
+from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.blocks.quant_linear import WHOLE, QuantEmbedding, QuantLinear, QuantStackedLinear
 from effc.compiler.blocks.unit import DTYPES, Unit
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.selects import Selects
-from effc.passes._dense import divisors_near, inputs_of, not_dense, some
+from effc.passes._dense import divisors_near, inputs_of, not_dense, shared, some
 from effc.passes.quantize._grid import Find, decode, encode
 from effc.specs.diagnostic import Diagnostic
 
@@ -53,6 +54,11 @@ class Uniform(Selects):
             "scale_dtype": _SCALES[self.scale],
         }
 
+    def targets(self, model: Model) -> dict[str, Self]:
+        """As `Selects` has them; what layers share beneath differences of their own in place of these."""
+        held = shared(model)
+        return {_beneath(model, path, held): method for path, method in super().targets(model).items()}
+
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
         targets = self.targets(model)
         return [*self._unfit(model, targets), *not_dense(self.kind, "quantize", model, targets)]
@@ -76,6 +82,15 @@ class Uniform(Selects):
                     help=f"use {near} or channel" if near else "use channel",
                     about="group",
                 )
+
+
+def _beneath(model: Model, path: str, held: Set[str]) -> str:
+    """The path of the shared dense matrix that an adapter is beside, else the path itself."""
+    unit = model.module(path)
+    alone = (
+        not isinstance(unit, LoraLinear) or not isinstance(unit.base, Linear) or f"{path}.base" not in held
+    )
+    return path if alone else f"{path}.base"
 
 
 PackedUnit = QuantLinear | QuantStackedLinear | QuantEmbedding

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from effc.compiler.blocks.linear import Linear, StackedLinear
@@ -22,7 +22,7 @@ from effc.passes._dense import matrix, some
 from effc.passes.tie._groups import shared_already, tails, unlike
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
-from effc.specs.units import Count
+from effc.specs.units import Count, Gradient
 
 
 class Recursive(Rewrite):
@@ -31,9 +31,11 @@ class Recursive(Rewrite):
 
     Layer l uses slot l mod K (`share = cycle`) or floor(l / loops) (`sequence`); `middle_*` leaves the first
     and the last layer alone. A slot starts as `average` of its layers, as evenly spaced layers (`stepwise`),
-    or as the first or last K layers (`lower`, `upper`). With `lora_rank` r > 0, W_l - W_slot = U S V^T gives
-    B = U_r S_r and A = V_r^T (`lora_init = svd`), so W_l = W_slot + BA up to the singular values behind r.
-    Biases and norm gains stay per layer, unless `tie_norms`.
+    as the first or last K layers (`lower`, `upper`), or with random numbers of the deviation that its first
+    layer has. With `lora_rank` r > 0, W_l - W_slot = U S V^T gives B = U_r S_r and A = V_r^T (`lora_init =
+    svd`), so W_l = W_slot + BA up to the singular values behind r; depth(4, 16) gives every layer a rank of
+    its own. Biases and norm gains stay per layer, unless `tie_norms`. Quantizing afterwards packs what is
+    shared, once, and leaves the differences as they are.
 
     Use when: memory or download size matters more than compute, and a training stage follows.
     Costs:    FLOPs and the key-value cache stay as they are; quality falls until the model is healed by
@@ -52,6 +54,7 @@ class Recursive(Rewrite):
         "tie.recursive(loops = 2)",
         "tie.recursive(loops = 2, share = middle_cycle, init = stepwise, lora_rank = 4)",
         "tie.recursive(loops = 2, share = sequence, init = lower, lora_rank = 2, tie_norms = true)",
+        "tie.recursive(loops = 3, init = random, lora_rank = depth(6, 1), lora_init = zero)",
     )
 
     loops: int = Field(default=2, ge=2, description="how often each kept layer runs")
@@ -59,16 +62,32 @@ class Recursive(Rewrite):
         default="cycle",
         description="which layers share: every K-th, or neighbors; `middle_`: not the first and last",
     )
-    init: Literal["average", "stepwise", "lower", "upper"] = Field(
+    init: Literal["average", "stepwise", "lower", "upper", "random"] = Field(
         default="average", description="what the shared weights start as"
     )
-    lora_rank: Count = Field(
+    lora_rank: Count | Gradient = Field(
         default=0, description="rank of each layer's own difference; 0: none, the layers are equal"
     )
     lora_init: Literal["svd", "zero"] = Field(
         default="svd", description="whether differences start at the best fit or at zero"
     )
     tie_norms: bool = Field(default=False, description="share norm gains as well")
+
+    @field_validator("lora_rank")
+    @classmethod
+    def _no_less_than_nothing(cls, given: int | Gradient) -> int | Gradient:
+        if isinstance(given, Gradient) and min(given.first, given.last) < 0:
+            raise ValueError("ranks must be 0 or more")
+        return given
+
+    def rank_of(self, layer: int, layers: int) -> int:
+        """The rank of one layer's difference."""
+        given = self.lora_rank
+        return given if isinstance(given, int) else int(given.at(layer, layers) + 0.5)
+
+    def ranks(self, layers: int) -> list[int]:
+        """Of all layers that take part."""
+        return [self.rank_of(layer, layers) for layer in self._inner(layers)]
 
     def slots(self, layers: int) -> list[list[int]]:
         """The layers that share, slot by slot."""
@@ -82,7 +101,7 @@ class Recursive(Rewrite):
         """The layers whose mean each slot starts as."""
         inner, slots = self._inner(layers), self.slots(layers)
         kept = len(slots)
-        if self.init == "average":
+        if self.init in ("average", "random"):
             return slots
         if self.init == "lower":
             return [[layer] for layer in inner[:kept]]
@@ -117,7 +136,8 @@ class Recursive(Rewrite):
         ]
 
     def _wrong_ranks(self, model: Model) -> list[Diagnostic]:
-        if not self.lora_rank:
+        largest = max(self.ranks(model.layers))
+        if not largest:
             return []
         first = self._inner(model.layers)[0]
         units = {tail: model.module(f"layers.{first}.{tail}") for tail in _matrices(model, first)}
@@ -134,9 +154,9 @@ class Recursive(Rewrite):
                 )
             ]
         shortest = min((min(matrix(unit).shape), tail) for tail, unit in units.items())
-        if self.lora_rank <= shortest[0]:
+        if largest <= shortest[0]:
             return []
-        title = f"`lora_rank` {self.lora_rank} is above the shorter side of {shortest[1]}"
+        title = f"`lora_rank` {largest} is above the shorter side of {shortest[1]}"
         return [Diagnostic("E340", title, help=f"use a rank of at most {shortest[0]}", about="lora_rank")]
 
     def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
@@ -155,11 +175,20 @@ class Recursive(Rewrite):
         with rw.together():
             for tail in _matrices(given, first):
                 for slot, sources in zip(self.slots(layers), self.sources(layers), strict=True):
-                    shared = _mean([partial(_read, given, tail, "weight", layer) for layer in sources])
+                    shared = self._start([partial(_read, given, tail, "weight", n) for n in sources])
                     errors |= self._share(rw, given, tail, slot, shared)
         for tail in _norms(given, first) if self.tie_norms else ():
             self._share_norm(rw, given, tail)
         return errors
+
+    def _start(self, tensors: Sequence[Callable[[], Tensor]]) -> Tensor:
+        """What a slot starts as, of the weights that its sources have."""
+        if self.init != "random":
+            return _mean(tensors)
+        first = tensors[0]()
+        if first.is_meta:
+            return first.clone()
+        return (torch.randn(first.shape) * first.float().std()).to(first.dtype)
 
     def _share(
         self, rw: Rewriter, given: Model, tail: str, slot: Sequence[int], shared: Tensor
@@ -173,12 +202,13 @@ class Recursive(Rewrite):
             unit.weight = owner
             if getattr(rw.module(path), "bias", None) is not None:
                 unit.bias = rw.module(path).bias
-            if self.lora_rank:
-                unit = LoraLinear.over(unit, self.lora_rank, float(self.lora_rank), "rank")
+            rank = self.rank_of(layer, given.layers)
+            if rank:
+                unit = LoraLinear.over(unit, rank, float(rank), "rank")
             if not shared.is_meta:
                 own = _read(given, tail, "weight", layer)
                 gap = own - shared
-                left = self._fit(unit, gap) if self.lora_rank else gap
+                left = self._fit(unit, gap) if rank else gap
                 norm = float(own.float().norm())
                 errors[path] = float(left.float().norm()) / norm if norm else 0.0
             rw.swap(path, unit, f"shares with layers {', '.join(map(str, slot))}")
@@ -187,7 +217,7 @@ class Recursive(Rewrite):
     def _fit(self, unit: LoraLinear, gap: Tensor) -> Tensor:
         """Set A, B of a unit to the best fit of `gap` [o, i], or B to zero; returns what is left of it."""
         u, s, vh = torch.linalg.svd(gap.float(), full_matrices=False)
-        b, a = u[:, : self.lora_rank] * s[: self.lora_rank], vh[: self.lora_rank]
+        b, a = u[:, : unit.rank] * s[: unit.rank], vh[: unit.rank]
         if self.lora_init == "zero":
             b = torch.zeros_like(b)
         unit.a, unit.b = (nn.Parameter(t.to(gap.dtype).contiguous(), requires_grad=False) for t in (a, b))
@@ -213,9 +243,10 @@ class Recursive(Rewrite):
             for layer in self._inner(model.layers)
             for tail in _matrices(model, layer)
         ]
-        solving = sum(14.0 * o * i * min(o, i) for o, i in shapes) if self.lora_rank else 0.0
+        own = any(self.ranks(model.layers))
+        solving = sum(14.0 * o * i * min(o, i) for o, i in shapes) if own else 0.0
         largest = max((4 * o * i for o, i in shapes), default=0)
-        return Work(solve=solving, memory=(6 if self.lora_rank else 3) * largest)
+        return Work(solve=solving, memory=(6 if own else 3) * largest)
 
 
 def _matrices(model: Model, layer: int) -> list[str]:

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from effc.compiler import graph_json
+from effc.compiler.blocks import Linear, LoraLinear, QuantLinear
 from effc.compiler.blocks.low_rank_linear import LowRankLinear
+from effc.compiler.contract import Fact
 from effc.compiler.cost import count
+from effc.compiler.facts import holds
 from effc.compiler.method import Context
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
@@ -15,12 +19,16 @@ from effc.compiler.shapes import Rewrite
 from effc.passes._moment import Moment
 from effc.passes.grow.stack import Stack
 from effc.passes.prune.depth import Depth
+from effc.passes.quantize.gptq import GPTQ
 from effc.passes.quantize.rtn import RTN
 from effc.passes.reparam.low_rank import LowRank, factors
 from effc.passes.tie.recursive import Recursive
 from effc.runtime.calibrate import calibrate
+from effc.runtime.generate import generate
 from effc.runtime.parts.reparam.rank.energy import Energy
+from effc.runtime.watch import Snapshot, restore
 from effc.specs.recipe import Ref
+from effc.specs.units import Gradient
 
 from .tiny_models import Sequences, blank, filled, on_meta, outputs
 
@@ -153,6 +161,39 @@ def test_full_rank_differences_give_the_same_model(share: str, init: str, tiny: 
     assert count(strict).flops_per_token == count(model).flops_per_token
 
 
+def test_every_layer_may_have_a_rank_of_its_own(tiny: Model) -> None:
+    method = Recursive(loops=2, lora_rank=Gradient(1, 11))
+    assert method.ranks(6) == [1, 3, 5, 7, 9, 11]
+    looped = rewritten(method, tiny)
+    for layer, rank in enumerate(method.ranks(6)):
+        unit = looped.module(f"layers.{layer}.mlp.up")
+        assert unit.rank == rank
+        own = tiny.module(f"layers.{layer}.mlp.up").weight
+        tail = torch.linalg.svdvals((own - unit.base.weight).double())[rank:].square().sum().sqrt()
+        left = own - unit.base.weight - unit.change()
+        assert float(left.norm()) == pytest.approx(float(tail), rel=1e-3)
+    none = rewritten(Recursive(loops=2, lora_rank=Gradient(0, 5)), tiny)
+    assert isinstance(none.module("layers.0.mlp.up"), Linear)
+    assert isinstance(none.module("layers.5.mlp.up"), LoraLinear)
+    with pytest.raises(ValueError, match="0 or more"):
+        Recursive(lora_rank=Gradient(-1, 5))
+    (told,) = Recursive(loops=2, lora_rank=Gradient(1, 40)).refuses(on_meta(tiny))
+    assert told.help == "use a rank of at most 16"
+
+
+def test_random_weights_have_the_deviation_of_what_they_replace(tiny: Model) -> None:
+    looped = rewritten(Recursive(loops=2, init="random"), tiny)
+    mine, theirs = (m.module("layers.1.mlp.up").weight for m in (looped, tiny))
+    assert float(mine.std()) == pytest.approx(float(theirs.std()), rel=0.1)
+    assert abs(float((mine * theirs).mean())) < 0.1 * float(theirs.var())
+    assert looped.module("layers.4.mlp.up").weight is mine
+    exact = rewritten(Recursive(loops=2, init="random", lora_rank=16), tiny)
+    for layer in (1, 4):
+        unit = exact.module(f"layers.{layer}.attention.k")
+        own = tiny.module(f"layers.{layer}.attention.k").weight
+        torch.testing.assert_close(unit.base.weight + unit.change(), own, rtol=1e-4, atol=1e-5)
+
+
 def test_slots_follow_the_map() -> None:
     assert Recursive(loops=2).slots(6) == [[0, 3], [1, 4], [2, 5]]
     assert Recursive(loops=2, share="sequence").slots(6) == [[0, 1], [2, 3], [4, 5]]
@@ -217,17 +258,45 @@ def test_depth_and_recursion_compose(tiny: Model) -> None:
     assert outputs(looped, IDS).shape == (3, 12, 48)
 
 
-def test_quantizing_layers_that_share_says_what_a_fold_would_cost() -> None:
-    shared = rewritten(Recursive(loops=2, lora_rank=2), filled(blank(layers=4)))
-    (told,) = RTN(bits=8).refuses(shared)
-    assert told.code == "E323"
-    assert any("folding" in note for note in told.notes)
-    assert told.help is not None
-    assert "lora_rank = 0" in told.help
-    alone = rewritten(Recursive(loops=2), filled(blank(layers=4)))
-    assert not RTN(bits=8).refuses(alone), "what the help says works"
-    assert rewritten(RTN(bits=8), alone).ties()
+@pytest.mark.parametrize("packs", ["rtn", "gptq"])
+def test_layers_that_share_are_packed_once_beneath_their_differences(packs: str) -> None:
+    looped = rewritten(Recursive(loops=2, lora_rank=2), filled(blank(layers=4)))
+    method = RTN(bits=8) if packs == "rtn" else GPTQ(data=CODE, bits=8, samples=8)
+    assert not method.refuses(looped)
+    if isinstance(method, RTN):
+        small = rewritten(method, looped)
+    else:
+        small = calibrate(method, looped, Context(data={"data": Sequences(looped)})).model
+    units = [small.module(f"layers.{i}.mlp.up") for i in (0, 2)]
+    assert all(isinstance(unit, LoraLinear) and isinstance(unit.base, QuantLinear) for unit in units)
+    assert units[0].base.packed is units[1].base.packed
+    assert units[0].a is not units[1].a
+    assert "layers.2.mlp.up.base.packed" in small.ties()
+    assert holds(Fact("packed", "select"), small, method)
+    assert gap(small, looped) < 0.02
+    assert count(small).params == count(looped).params
+    bare = on_meta(looped)
+    rw = Rewriter(bare)
+    method.outline(rw, ())
+    assert count(rw.done()) == count(small)
+    back = graph_json.from_json(graph_json.to_json(small))
+    for name, tensor in small.tensors().items():
+        back.place(name, tensor.detach())
+    assert torch.equal(outputs(back, IDS), outputs(small, IDS))
+    ids = generate(small, IDS[:2, :5], max_new_tokens=3)
+    assert torch.equal(ids[:, 5:], outputs(small, ids[:, :-1]).argmax(-1)[:, 4:])
 
+
+def test_a_stopped_packing_of_shared_layers_goes_on() -> None:
+    looped = rewritten(Recursive(loops=2, lora_rank=2), filled(blank(layers=4)))
+    rw = Rewriter(looped)
+    before = Snapshot(rw)
+    RTN(bits=8).rewrite(rw)
+    tensors, data = before.changes(rw, {})
+    again = Rewriter(looped)
+    restore(again, tensors, data)
+    assert again.done().ties() == rw.done().ties()
+    assert torch.equal(outputs(again.done(), IDS), outputs(rw.done(), IDS))
 
 def test_energy_takes_the_least_rank_that_holds_it() -> None:
     s = torch.tensor([3.0, 2.0, 1.0, 1.0])  # squares 9, 4, 1, 1 of 15
