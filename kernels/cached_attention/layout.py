@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from effc.kernels.cached_attention.spec import KEYS, CachedAttentionSpec
+from effc.kernels.cpu.pages import room
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,9 +35,10 @@ def empty(spec: CachedAttentionSpec, slots: int, keys: int) -> Cache:
     if keys % KEYS:
         raise ValueError(f"a cache of {keys} keys; the spec rounds up to a multiple of {KEYS}")
     dtype, head = _DTYPES[spec.cell], (slots, spec.kv_heads)
+    whole = room(spec.bytes(slots, keys)).view(dtype)
+    both = whole.split([slots * spec.kv_heads * keys * width for width in (spec.head_dim, spec.padded)])
     return Cache(
-        torch.empty(*head, keys // 16, spec.head_dim, 16, dtype=dtype),
-        torch.empty(*head, keys, spec.padded, dtype=dtype),
+        both[0].view(*head, keys // 16, spec.head_dim, 16), both[1].view(*head, keys, spec.padded)
     )
 
 

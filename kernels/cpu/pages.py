@@ -32,7 +32,7 @@ def in_large_pages(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     total = sum(-(-_size(t) // _LINE) * _LINE for t in moving.values())
     if total < PAGE:
         return whole
-    block = _block(total)
+    block = room(total)
     at = 0
     for name, tensor in moving.items():
         size = _size(tensor)
@@ -46,8 +46,10 @@ def _size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _block(size: int) -> Tensor:
-    """`size` bytes that begin at a large page."""
+def room(size: int) -> Tensor:
+    """`size` bytes [size] uint8 in large pages, from the first of one; small ones where torch has them."""
+    if size < PAGE:
+        return torch.empty(size, dtype=torch.uint8)
     memory = mmap.mmap(-1, -(-size // PAGE) * PAGE + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a system built without them
