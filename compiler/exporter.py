@@ -26,6 +26,7 @@ _STANDS_FOR = {
     "QuantLinear": "Linear",
     "LowRankLinear": "Linear",
     "SparseLowRankLinear": "Linear",
+    "HashedLinear": "Linear",
     "PlanesLinear": "Linear",
     "LoraLinear": "Linear",
     "QuantStackedLinear": "StackedLinear",

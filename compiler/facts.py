@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from effc.compiler.blocks.averaged import Averaged
 from effc.compiler.blocks.carved import Carved
 from effc.compiler.blocks.embedding import Embedding
+from effc.compiler.blocks.hashed_linear import HashedLinear
 from effc.compiler.blocks.linear import Linear, StackedLinear
 from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.blocks.low_rank_linear import LowRankLinear
@@ -147,6 +148,7 @@ PREDICATES: Mapping[str, Predicate] = {
     "ensemble": ensemble,
     "formed": formed,
     "gated": beside(GatedLora),
+    "hashed": beside(HashedLinear),
     "low_rank": beside(LowRankLinear),
     "mixture": mixture,
     "packed": packed,

@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effc.compiler.blocks.attention import attend as _attend
+from effc.compiler.blocks.hashed_linear import laid as _laid
+from effc.compiler.blocks.hashed_linear import signs as _signs
+from effc.compiler.blocks.hashed_linear import where as _where
 from effc.compiler.blocks.head import softcap as _softcap
 from effc.compiler.blocks.mlp import ACTIVATIONS
 from effc.compiler.blocks.moe import best
@@ -120,6 +123,24 @@ def dequantize(
 def sparse_low_rank(a: Tensor, b: Tensor, values: Tensor, places: Tensor, *, factor: float) -> Tensor:
     """a [r, i], b [o, r], values [n] at places [n] of the flattened matrix -> [o, i]"""
     return built(a, b, values, places, factor)
+
+
+@_op()
+def hashed(
+    pool: Tensor,
+    scales: Tensor,
+    *,
+    number: int,
+    rows: int,
+    columns: int,
+    first: int,
+    mapping: Any,
+    chunk: int,
+    seed: int,
+) -> Tensor:
+    """pool [m], scales [K] -> [rows, columns]: weights `first` and on of all that share the array"""
+    h = _where(first, rows * columns, len(pool), mapping, chunk, seed).to(pool.device)
+    return _laid(pool, scales[number], h, _signs(first, rows * columns, seed).to(pool.device), rows)
 
 
 @_op()

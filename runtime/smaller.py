@@ -24,6 +24,9 @@ from effc.compiler.packing import pack
 from effc.compiler.weights import LazyTensor
 from effc.specs.diagnostic import EffcError
 
+SLOTS = 4096
+"""Numbers of an array that weights share."""
+
 HEADS, HEAD_DIM, HIDDEN = 4, 16, 128
 """Sizes of a small copy; the width is HEADS * HEAD_DIM."""
 WIDTH = HEADS * HEAD_DIM
@@ -88,6 +91,8 @@ class _Sizes:
         if "rank" in new:
             most, before = (min(s["in_features"], s["out_features"]) for s in (new, spec))
             new["rank"] = max(1, min(most, round(new["rank"] * most / before)))
+        if spec["type"] == "HashedLinear":  # all begin at the front of one array
+            new |= {"slots": SLOTS, "fold": 0, "offset": 0, "mapping": "random_fold"}
         for runs, side in (("down", "out_features"), ("across", "in_features")):
             if runs in new and side in new:
                 whole = new[runs] == spec[side]

@@ -4,6 +4,7 @@ from effc.compiler.blocks.attention import Attention
 from effc.compiler.blocks.averaged import Averaged
 from effc.compiler.blocks.carved import Carved, Channels
 from effc.compiler.blocks.embedding import Embedding, Table
+from effc.compiler.blocks.hashed_linear import HashedLinear
 from effc.compiler.blocks.head import Scale, Softcap
 from effc.compiler.blocks.linear import Linear, StackedLinear
 from effc.compiler.blocks.lora_linear import LoraLinear
@@ -30,6 +31,7 @@ __all__ = [
     "Embedding",
     "Experts",
     "GatedLora",
+    "HashedLinear",
     "Linear",
     "LoraLinear",
     "LowRankLinear",

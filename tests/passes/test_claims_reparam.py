@@ -6,7 +6,11 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from effc.compiler.blocks.hashed_linear import HashedLinear
 from effc.compiler.cost import count
 from effc.compiler.method import Context
 from effc.compiler.model import Model
@@ -96,3 +100,83 @@ def test_two_planes_lose_less_than_two_bits_rounded(measured: Measured) -> None:
              below=1.0)  # fmt: skip
     measured(about, "looking at outputs loses a share of what looking at weights loses",
              rises["planes"] / rises["weights"], below=0.8)  # fmt: skip
+
+
+SIDES = ((64, 512), (512, 512), (512, 512), (512, 10))
+"""Inputs and outputs of the layers of an MLP of half a million weights."""
+
+
+def task(seed: int) -> tuple[Tensor, Tensor]:
+    """Points [N, 64] and the class that a random network gives them [N]; half of them are held out."""
+    dice = torch.Generator().manual_seed(seed)
+    x = torch.randn(4096, 64, generator=dice)
+    first, second = (torch.randn(a, b, generator=dice) / a**0.5 for a, b in ((64, 96), (96, 10)))
+    return x, (torch.relu(3 * x @ first) @ second).argmax(1)
+
+
+def network(kind: str, keep: float, seed: int, spread: float = 1.0) -> list[nn.Module]:
+    """Layers with the deviations of torch's own start: dense, or on one array of `keep` of the weights."""
+    torch.manual_seed(seed)
+    if kind == "dense":
+        return [nn.Linear(i, o, bias=False) for i, o in SIDES]
+    total = sum(i * o for i, o in SIDES)
+    slots, first, made = int(keep * total), 0, []
+    pool = nn.Parameter(torch.randn(slots) * spread)
+    scales = torch.tensor([1 / (3 * i) ** 0.5 / spread for i, _ in SIDES])
+    ends = torch.tensor([i * o for i, o in SIDES]).cumsum(0)
+    for number, (i, o) in enumerate(SIDES):
+        one = HashedLinear(
+            in_features=i, out_features=o, slots=slots, matrices=4, number=number, fold=first // slots,
+            offset=first % slots, grad_scale="none" if kind == "plain" else "v1",
+        )  # fmt: skip
+        one.pool, one.scales, one.ends = pool, scales, ends
+        made.append(one)
+        first += i * o
+    return made
+
+
+def run(layers: list[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers[:-1]:
+        x = torch.relu(layer(x))
+    out: Tensor = layers[-1](x)
+    return out
+
+
+def taught(layers: list[nn.Module], seed: int, lr: float, keep: float = 1.0) -> float:
+    """Held-out loss after 300 steps of descent with momentum; with `keep`, all but the largest stay zero."""
+    x, y = task(seed)
+    weights = list({id(p): p.requires_grad_() for layer in layers for p in layer.parameters()}.values())
+    masks = [torch.ones_like(p) for p in weights]
+    if keep < 1:
+        cut = torch.cat([p.detach().abs().flatten() * p.shape[1] ** 0.5 for p in weights]).quantile(1 - keep)
+        masks = [(p.detach().abs() * p.shape[1] ** 0.5 > cut).float() for p in weights]
+    optimizer = torch.optim.SGD(weights, lr=lr, momentum=0.9)
+    for step in range(300):
+        with torch.no_grad():
+            for weight, mask in zip(weights, masks, strict=True):
+                weight *= mask
+        rows = torch.randint(0, 2048, (128,), generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        F.cross_entropy(run(layers, x[rows]), y[rows]).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for weight, mask in zip(weights, masks, strict=True):
+            weight *= mask
+        return float(F.cross_entropy(run(layers, x[2048:]), y[2048:]))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_shared_array_trains_like_dense_and_beats_pruning_at_the_start(
+    seed: int, measured: Measured
+) -> None:
+    about = "reparam.hashed"
+    dense = taught(network("dense", 1.0, seed), seed, 0.05)
+    whole = taught(network("v1", 1.0, seed), seed, 0.05)
+    measured(about, "keep = 100 % trains like dense: held-out loss over dense's", whole / dense, below=1.1)
+    small = taught(network("v1", 0.05, seed), seed, 0.05)
+    pruned = taught(network("dense", 1.0, seed), seed, 0.05, keep=0.05)
+    measured(about, "keep = 5 % ends below 5 % of the weights kept by size at the start (nats)",
+             small - pruned, below=0.0)  # fmt: skip
+    loud = taught(network("v1", 0.05, seed, spread=10.0), seed, 0.05)
+    measured(about, "an array of ten times the deviation trains alike: loss over that of one",
+             loud / small, below=1.05)  # fmt: skip
