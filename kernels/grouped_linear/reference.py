@@ -34,7 +34,7 @@ def linear(x: Tensor, w: Tensor, experts: Tensor) -> Tensor:
 
 
 def paired(y: Tensor, epilogue: Sequence[str]) -> Tensor:
-    """y [S, 2 N], gate first -> activation(gate) * up [S, N] float32, epilogue being that activation alone."""
+    """y [S, 2 N], gate first -> epilogue(gate) * up [S, N] float32, the epilogue an activation alone."""
     half = y.shape[1] // 2
     return apply(epilogue, y[:, :half].float(), {}) * y[:, half:].float()
 

@@ -40,7 +40,8 @@ def reference(
     w = ((wide - zero) * scales.double().unsqueeze(-1)).view(codes.shape)
     y = x.double() @ w.t()
     if spec.extension:
-        y = y + given["inner"].double() @ given["outer"][: codes.shape[0]].double().t()
+        inner = x.double() @ given["factor"].double().t() if spec.within else given["inner"].double()
+        y = y + inner @ given["outer"][: codes.shape[0]].double().t()
     return apply(spec.epilogue, y.float(), given)
 
 
@@ -59,6 +60,8 @@ def launches(spec: WeightOnlySpec) -> Iterator[Case]:
 
 def _case(spec: WeightOnlySpec, tile: Tile, m: int, n: int, turns: int, seed: int) -> Case:
     k = turns * max(spec.columns, spec.group)
+    if spec.bits == 3:  # the last turn is not whole
+        k = -(-(turns * spec.columns - spec.run) // (spec.group or spec.run)) * (spec.group or spec.run)
     dice = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << spec.bits, (n, k), generator=dice, dtype=torch.uint8)
     codes[0], codes[1] = 0, (1 << spec.bits) - 1
@@ -75,8 +78,11 @@ def _case(spec: WeightOnlySpec, tile: Tile, m: int, n: int, turns: int, seed: in
     if spec.extension:
         outer = torch.zeros(-(-n // ROWS) * ROWS, spec.extension)
         outer[:n] = torch.randn(n, spec.extension, generator=dice)
-        inner = torch.randn(m, spec.extension, generator=dice)
-        more |= {"inner": inner.bfloat16(), "outer": outer.bfloat16()}
+        if spec.within:
+            more["factor"] = (torch.randn(spec.extension, k, generator=dice) / k**0.5).bfloat16()
+        else:
+            more["inner"] = torch.randn(m, spec.extension, generator=dice).bfloat16()
+        more["outer"] = outer.bfloat16()
     given: dict[str, Any] = {"x": x, "words": packed.words, "scales": packed.scales, "n": n, **more}
     if packed.zeros is not None:
         given["zeros"] = packed.zeros

@@ -27,7 +27,8 @@ SPECS = (
 )
 PAIR = (Tile(bm=16, bn=64, warps=4, stages=4), Tile(bm=16, bn=128, warps=4, stages=4, split=2))
 EXTENDED = WeightOnlySpec(bits=4, group=128, symmetric=False, tiles=PAIR, extension=16, epilogue=("bias",))
-COMPILED: dict[str, tuple[KernelSpec, ...]] = {OP: (MultiLoraGpuSpec(),), QUANT: (EXTENDED,)}
+ONE = WeightOnlySpec(bits=4, group=128, tiles=PAIR[1:], extension=16, within=True)
+COMPILED: dict[str, tuple[KernelSpec, ...]] = {OP: (MultiLoraGpuSpec(),), QUANT: (EXTENDED, ONE)}
 
 
 def job(op: str, spec: KernelSpec, text: str | None = None) -> dict[str, Any]:

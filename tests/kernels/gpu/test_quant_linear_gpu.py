@@ -27,6 +27,10 @@ SPECS = (
     WeightOnlySpec(bits=8, group=128, tiles=PAIR),
     WeightOnlySpec(bits=8, group=32, columns=64, symmetric=False, tiles=PAIR[:1], epilogue=("gelu_tanh",)),
     WeightOnlySpec(bits=2, group=64, symmetric=False, tiles=PAIR),
+    WeightOnlySpec(bits=3, group=128, symmetric=False, tiles=PAIR, epilogue=("bias",)),
+    WeightOnlySpec(bits=3, group=0, columns=160, tiles=PAIR[1:]),
+    WeightOnlySpec(bits=4, group=128, tiles=PAIR[1:], extension=16, within=True),
+    WeightOnlySpec(bits=3, group=64, tiles=PAIR[:1], extension=32, within=True),
 )
 SUBJECT = WeightOnlySpec(bits=4, group=64, symmetric=False, tiles=PAIR, epilogue=("bias",))
 
@@ -75,14 +79,30 @@ FAULTS = {
 }
 
 
-def test_seeded_faults_are_found() -> None:
-    text = emit(SUBJECT)
-    assert {name: text.count(old) for name, (old, _, _) in FAULTS.items() if old not in text} == {}
-    changed = [text.replace(old, new) for old, new, _ in FAULTS.values()]
-    found = check.run("interpret", [job(SUBJECT, one) for one in changed])
+OTHER = WeightOnlySpec(bits=3, group=128, symmetric=False, tiles=PAIR[1:], extension=16, within=True)
+OTHER_FAULTS = {
+    "columns behind the last": ("(tl.where(k0 + 64 * i < K, rm, M) < M)[None, :]", "live", ""),
+    "sums behind the last": ("mask=tl.where(k0 + 64 * i < K, rm, M) < M", "mask=rm < M", "out of bounds"),
+    "rows that are not filled up": ("rn[:, None] * (rounded // 10)", "rn[:, None] * (K // 10)", ""),
+    "a lost turn": ("(rounded // 320 + SPLIT - 1)", "(K // 320 + SPLIT - 1)", ""),
+    "five planes at the places of four": ("(3 * (1 * i + j))", "(4 * (1 * i + j))", ""),
+    "codes of four bits": ("0x00070007", "0x000F000F", ""),
+    "a factor's first columns": ("re[:, None] * K + k[None", "re[:, None] * K + rk[None", ""),
+    "the first share's part alone": ("acc = tl.dot(u, high, acc)",
+                                     "acc += tl.dot(u, high) * tl.where(share == 0, 1.0, 0.0)", ""),
+    "the way between in bfloat16": ("acc = tl.dot(u, (low -", "acc += 0.0 * tl.dot(u, (low -", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spec", "faults"), [(SUBJECT, FAULTS), (OTHER, OTHER_FAULTS)])
+def test_seeded_faults_are_found(spec: WeightOnlySpec, faults: dict[str, tuple[str, str, str]]) -> None:
+    text = emit(spec)
+    assert {name: text.count(old) for name, (old, _, _) in faults.items() if old not in text} == {}
+    changed = [text.replace(old, new) for old, new, _ in faults.values()]
+    found = check.run("interpret", [job(spec, one) for one in changed])
     missed = {
         name: words
-        for (name, (_, _, by)), words in zip(FAULTS.items(), found, strict=True)
+        for (name, (_, _, by)), words in zip(faults.items(), found, strict=True)
         if not words or by not in words
     }
     assert missed == {}
@@ -90,17 +110,20 @@ def test_seeded_faults_are_found() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    bits=st.sampled_from([2, 4, 8]), groups=st.integers(1, 3), n=st.integers(1, 130), seed=st.integers(0, 99)
+    bits=st.sampled_from([2, 3, 4, 8]),
+    groups=st.integers(1, 3),
+    n=st.integers(1, 130),
+    seed=st.integers(0, 99),
 )
 def test_unpacking_undoes_packing(bits: int, groups: int, n: int, seed: int) -> None:
-    columns = 64 if bits == 8 and seed % 3 == 0 else 128
+    columns = {3: 320 if seed % 2 else 640, 8: 128 if seed % 3 else 64}.get(bits, 128)
     spec = parse({"bits": bits, "group": 128, "symmetric": seed % 2 == 0, "columns": columns})
     dice = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**bits, (n, 128 * groups), generator=dice, dtype=torch.uint8)
     scales = torch.rand(n, groups, generator=dice).half()
     zeros = torch.randint(0, 2**bits, (n, groups), generator=dice, dtype=torch.uint8)
     packed = pack(spec, codes, scales, zeros)
-    back, back_scales, back_zeros = unpack(spec, packed, n)
+    back, back_scales, back_zeros = unpack(spec, packed, n, codes.shape[1])
     assert torch.equal(back, codes)
     assert torch.equal(back_scales, scales)
     assert back_zeros is None if spec.symmetric else torch.equal(back_zeros, zeros)  # type: ignore[arg-type]
@@ -120,6 +143,13 @@ def test_what_cannot_be_is_refused_in_words() -> None:
         WeightOnlySpec(bits=4, group=32, tiles=TILES)
     with pytest.raises(ValidationError, match="8 warps take 128 channels"):
         Tile(bm=16, bn=64, warps=8, stages=4)
+    with pytest.raises(ValidationError, match="128 columns a turn; 160, 320 or 640 with 3 bits"):
+        WeightOnlySpec(bits=3, group=64, columns=128)
+    with pytest.raises(ValidationError, match="more than 32 rows with 3 bits"):
+        WeightOnlySpec(bits=3, group=64, tiles=TILES[:2])
+    with pytest.raises(ValidationError, match="inner of 128 columns is not made within"):
+        WeightOnlySpec(bits=4, group=64, extension=128, within=True)
+    assert "not a multiple of 64" in str(refuses(OTHER.model_copy(update={"group": 64}), 1, 64, 96))
     with pytest.raises(ValueError, match="needs zero codes"):
         pack(SUBJECT, torch.zeros(4, 128, dtype=torch.uint8), torch.zeros(4, 2), None)
     assert "not a multiple of 128" in str(refuses(SUBJECT, 1, 64, 192))
