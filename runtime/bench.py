@@ -12,6 +12,7 @@ import torch
 from effc.compiler.cost import count
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
+from effc.kernels.experts.linear import ExpertLinearSpec
 from effc.runtime.bandwidth import read_rate
 from effc.runtime.choice import Choice, choose
 from effc.runtime.decoder import Ready, decoder, ready
@@ -72,10 +73,17 @@ def timed(model: Model, ids: torch.Tensor, new_tokens: int, choice: Choice) -> t
 
 
 def bytes_per_token(ready: Ready) -> int:
-    """Bytes of weights that one step must read; of the table of tokens only what the head reads too."""
-    names = {name for call in ready.lowered.plan.calls if call.op != "embed" for name in call.tensors}
+    """Bytes of weights that the step of one token must read: of experts as many as it takes.
+
+    Of the table of tokens that is only what the head reads too.
+    """
+    shares: dict[str, float] = {}
+    for call in ready.lowered.plan.calls:
+        some = [s.active / s.experts for s in call.specs if isinstance(s, ExpertLinearSpec)]
+        if call.op != "embed":
+            shares |= {name: max(shares.get(name, 0.0), *some, 0.0 if some else 1.0) for name in call.tensors}
     tensors = ready.program.tensors
-    return sum(tensors[name].numel() * tensors[name].element_size() for name in names)
+    return round(sum(tensors[n].numel() * tensors[n].element_size() * share for n, share in shares.items()))
 
 
 def bench(

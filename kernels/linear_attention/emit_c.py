@@ -177,7 +177,7 @@ static void recur_{key}(const float *RESTRICT queries, const float *RESTRICT key
 """
 
 
-FIELDS = dict.fromkeys(("q", "k", "v", "x", "q_gain", "k_gain"), "const float *")
+FIELDS: dict[str, str] = dict.fromkeys(("q", "k", "v", "x", "q_gain", "k_gain"), "const float *")
 FIELDS |= dict.fromkeys(("slot", "position"), "const int64_t *")
 FIELDS |= dict.fromkeys(("states", "queries", "keys", "values", "decay", "y"), "float *") | {"M": "long"}
 

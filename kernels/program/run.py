@@ -21,6 +21,7 @@ from effc.kernels.cpu.pages import in_large_pages
 from effc.kernels.linear_attention.spec_c import RecurrentSpec
 from effc.kernels.program.call import Plan
 from effc.kernels.program.emit import emit
+from effc.kernels.recurrent_cell import RecurrentCellSpec
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 Angles = Callable[[int], tuple[Tensor, Tensor]]
@@ -83,7 +84,7 @@ class Session:
     def __init__(
         self,
         program: Program,
-        attentions: Sequence[tuple[CachedAttentionSpec | RecurrentSpec, Angles | None]],
+        attentions: Sequence[tuple[CachedAttentionSpec | RecurrentSpec | RecurrentCellSpec, Angles | None]],
         slots: int,
         longest: int,
         rows: int,
@@ -101,7 +102,7 @@ class Session:
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
         entries = []
         for spec, angles in attentions:
-            if isinstance(spec, RecurrentSpec):
+            if isinstance(spec, RecurrentSpec | RecurrentCellSpec):
                 self.states.append(torch.zeros(slots, spec.state))
                 entries.append(_Cache(self.states[-1].data_ptr(), 0, 0, 0, 0))
                 continue

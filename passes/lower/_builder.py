@@ -15,6 +15,7 @@ from effc.kernels.kernel import KernelSpec
 from effc.kernels.linear_attention.spec_c import RecurrentSpec
 from effc.kernels.program.call import Call, Plan, Split
 from effc.kernels.program.emit import LOGITS
+from effc.kernels.recurrent_cell import RecurrentCellSpec
 from effc.passes.lower._jobs import Job, Jobs
 
 FLOAT = 4
@@ -27,7 +28,7 @@ class Lowered:
     plan: Plan
     tensors: dict[str, Callable[[], Tensor]]
     """How each tensor is made when the program is loaded."""
-    attentions: list[tuple[CachedAttentionSpec | RecurrentSpec, Any]]
+    attentions: list[tuple[CachedAttentionSpec | RecurrentSpec | RecurrentCellSpec, Any]]
     """Per cache: its kernel, and the rotary settings of its layer (None without)."""
 
 
@@ -40,7 +41,7 @@ class Builder:
         self.widths: dict[str, int] = {}
         self.aliases: dict[str, str] = {}
         self.tensors: dict[str, Callable[[], Tensor]] = {}
-        self.attentions: list[tuple[CachedAttentionSpec | RecurrentSpec, Any]] = []
+        self.attentions: list[tuple[CachedAttentionSpec | RecurrentSpec | RecurrentCellSpec, Any]] = []
         self.names = {number: f"v{number}" for number in jobs.widths}
         self.bytes: dict[tuple[str, int], tuple[str, str, str]] = {}
         """Buffers that hold a value as bytes, by value and width of a group."""

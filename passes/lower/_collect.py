@@ -14,7 +14,7 @@ from effc.passes.lower._recurrences import RECURRENCES, WORDLESS
 
 _WORDLESS = frozenset(
     {"weight", "dequantize", "stack", "heads", "heads_first", "rope", "visible", "positions", "shift",
-     "token_types"}
+     "token_types", "repeat"}
 )  # fmt: skip
 """Ops that are read where their results are used, and give no job of their own."""
 _SAME = frozenset({"cast_like", "cast_to", "flatten", "shape_like", "join_heads"})
@@ -42,6 +42,7 @@ class Collector(Reading):
         makers: dict[str, Callable[[FlatOp], None]] = dict.fromkeys(_PLAIN, self._plain)
         makers |= {"embed": self._embed, "rms_norm": self._normalize, "layer_norm": self._normalize}
         makers |= {"linear": self._linear, "attend": self._attend, "activate": self._activate}
+        makers |= {"sigmoid": self._sigmoid, "times": self._times}
         makers |= {name: partial(make, self) for name, make in ({**MIXTURES, **RECURRENCES}).items()}
         for flat in self.flat.ops:
             name = flat.op.name
@@ -118,7 +119,9 @@ class Collector(Reading):
     def _plain(self, flat: FlatOp) -> None:
         """add, gate, scale, softcap; what belongs to the embedding goes into its job."""
         name, out = flat.op.name, flat.op.gives[0]
-        reads = [self.value(n) for n in flat.op.takes]
+        reads, each = [self.value(n) for n in flat.op.takes], 1
+        if name == "gate":
+            reads, each = self._shared(reads)
         number = float(flat.op.attributes.get(_PLAIN[name], 0.0))
         embed = self.embeds.get(reads[0])
         if embed is not None and embed.writes == [reads[0]] and embed is self.jobs[-1]:
@@ -128,9 +131,27 @@ class Collector(Reading):
             if name == "add" and self._second(embed, reads[1]):
                 return self._extend(embed, out)
         widths = [self.width(n) for n in reads]
-        if len(set(widths)) > 1:
+        if name == "gate" and widths[-1] == 1 < widths[0]:
+            each = widths[0]
+        if widths[0] != widths[-1] * each:
             raise Unlowered(f"`{flat.path}` has `{name}` of {widths[0]} and {widths[1]} numbers a row")
-        return self.add(Arithmetic(reads, [out], [], name=name, number=number), widths[0])
+        return self.add(Arithmetic(reads, [out], [], name=name, number=number, each=each), widths[0])
+
+    def _shared(self, reads: list[int]) -> tuple[list[int], int]:
+        """Operands of a product, the one whose numbers are repeated last, and how often."""
+        for first, second in (reads, reads[::-1]):
+            made = self.makers.get(second)
+            if made is not None and made.op.name == "repeat":
+                return [first, self.value(made.op.takes[0])], int(made.op.attributes["times"])
+        return reads, 1
+
+    def _sigmoid(self, flat: FlatOp) -> None:
+        x = self.value(flat.op.takes[0])
+        self.add(Arithmetic([x], list(flat.op.gives), [], name="sigmoid"), self.width(x))
+
+    def _times(self, flat: FlatOp) -> None:
+        x, weight = self.value(flat.op.takes[0]), self.tensor(flat.op.takes[1])
+        self.add(Arithmetic([x], list(flat.op.gives), [], name="times", tensor=weight), self.width(x))
 
     def _second(self, embed: Embed, number: int) -> bool:
         """Take the table of positions or of token types into the embedding."""

@@ -46,7 +46,8 @@ def experts(build: Builder, job: Experts) -> None:
     """Rows by expert, unless they stand so already, then every expert's matrix on its own."""
     first = job.matrices[0]
     n, k, choice = job.width, first.columns, build.names[job.reads[1]]
-    out, counts = build.out(job), {"experts": first.experts, "active": job.active}
+    out = build.out(job)
+    counts: dict[str, Any] = {"experts": first.experts, "active": job.active}
     if first.quantized is None:
         inner = DenseLinearSpec(weight=stored(first.dtype), paired=job.paired, epilogue=job.epilogue)
         spec = ExpertLinearSpec(**counts, dense=inner)

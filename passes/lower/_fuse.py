@@ -22,7 +22,7 @@ def fuse(jobs: Jobs) -> Jobs:
 
 def pair_gate_and_up(jobs: Jobs) -> None:
     """activation(gate x) * up x: one matrix whose blocks hold 32 rows of each; the parts never leave."""
-    for product in [j for j in jobs.jobs if isinstance(j, Arithmetic) and j.name == "gate"]:
+    for product in [j for j in jobs.jobs if isinstance(j, Arithmetic) and j.name == "gate" and j.each == 1]:
         act, up = (_only(jobs, n) for n in product.reads)
         if isinstance(act, Linear) and isinstance(up, Arithmetic):
             act, up = up, act

@@ -24,6 +24,8 @@ class Matrix:
     dtype: str = "float32"
     experts: int = 0
     """Of a stack of matrices, one above the other in the tensor; 0: it is one matrix."""
+    parts: int = 0
+    """Of a dense matrix that is stored as blocks on its diagonal, how many; 0: it is stored whole."""
     factor: float = 1.0
     """What a dense matrix is multiplied by when the program is loaded."""
 
@@ -36,7 +38,7 @@ class Matrix:
     def kind(self) -> tuple[Any, ...]:
         """What two matrices must share to become one."""
         dtype = self.dtype if self.quantized is None else ""
-        return (self.columns, self.quantized, dtype, self.bias is None, self.experts, self.factor)
+        return (self.columns, self.quantized, dtype, self.bias is None, self.experts, self.parts, self.factor)
 
 
 @dataclass(slots=True, eq=False)
@@ -167,10 +169,22 @@ class Scan(Job):
 
 @dataclass(slots=True, eq=False)
 class Arithmetic(Job):
-    """add, gate (a * b), scale, softcap, or an activation by name."""
+    """add, gate (a * b), scale, softcap, sigmoid, times (a weight of one number), or an activation."""
 
     name: str = field(kw_only=True)
     number: float = 0.0
+    each: int = 1
+    """Of gate: neighboring numbers of a row that share one of the second value."""
+    tensor: str | None = None
+    """Of times: the weight."""
+
+
+@dataclass(slots=True, eq=False)
+class Cell(Job):
+    """A recurrent cell with diagonal weights: reads the inputs of its three gates."""
+
+    form: Literal["gru", "lstm_cifg"] = field(kw_only=True)
+    tensor: str = field(kw_only=True)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from effc.compiler.blocks.rope import rotated
-from effc.kernels import elementwise
+from effc.kernels import elementwise, recurrent_cell
 from effc.kernels.cached_attention import emit_c as attention_c
 from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.cached_attention.spec import refuses as attention_refuses
@@ -23,6 +23,7 @@ from effc.kernels.program.call import ROWS, Split
 from effc.kernels.quant_linear import emit_c as quant_c
 from effc.kernels.quant_linear.spec import BLOCK
 from effc.kernels.quant_linear.spec import refuses as quant_refuses
+from effc.kernels.recurrent_cell import RecurrentCellSpec
 from effc.kernels.sparse_linear import emit_c as sparse_c
 from effc.passes.lower import _experts as experts
 from effc.passes.lower import _weights as weights
@@ -30,6 +31,7 @@ from effc.passes.lower._builder import Builder
 from effc.passes.lower._jobs import (
     Arithmetic,
     Attend,
+    Cell,
     Combine,
     Embed,
     Experts,
@@ -62,6 +64,8 @@ def kernel(build: Builder, job: Job) -> None:
         experts.combine(build, job)
     elif isinstance(job, Scan):
         scan(build, job)
+    elif isinstance(job, Cell):
+        _cell(build, job)
     elif isinstance(job, Linear):
         _quantized(build, job) if job.matrices[0].quantized is not None else _dense(build, job)
     elif isinstance(job, Attend):
@@ -72,19 +76,44 @@ def kernel(build: Builder, job: Job) -> None:
 
 def _arithmetic(build: Builder, job: Arithmetic) -> None:
     """What no matrix takes into its epilogue, number by number; the result may lie on the first operand."""
-    given: dict[str, Any] = {"form": "mul" if job.name == "gate" else job.name}
+    given: dict[str, Any] = {
+        "form": {"gate": "mul", "times": "mul"}.get(job.name, job.name),
+        "each": job.each,
+    }
     if job.name in ("scale", "softcap"):
         given["factor"] = job.number
+    tensors = []
+    if job.tensor is not None:
+        given["each"] = 0
+        tensors.append(build.keep(f"{job.tensor}:f32", weights.float32(build.model, job.tensor)))
     try:
         spec = ElementwiseSpec(**given)
     except ValidationError as error:
         raise Unlowered(f"`{job.name}` of {job.number}: {error.errors()[0]['msg']}") from None
     reads = [build.names[n] for n in job.reads]
     out, width = build.out(job, instead=job.reads[0]), build.jobs.widths[job.writes[0]]
-    second = f"{{{reads[1]}}}" if len(reads) > 1 else "NULL"
+    second = "{0}" if tensors else f"{{{reads[1]}}}" if len(reads) > 1 else "NULL"
     text = f"elementwise_{spec.key}({{{reads[0]}}}, {second}, {{{out}}}, i0, i1);"
     functions, items = [elementwise.function(spec)], f"M * {width}"
-    build.add("elementwise", Split.ITEMS, reads, [out], text, job, (), functions, items, specs=[spec])
+    build.add("elementwise", Split.ITEMS, reads, [out], text, job, tensors, functions, items, specs=[spec])
+
+
+def _cell(build: Builder, job: Cell) -> None:
+    width = build.jobs.widths[job.writes[0]]
+    spec = RecurrentCellSpec(cell=job.form, width=width)
+    reads, out = [build.names[n] for n in job.reads], build.out(job)
+    names = [build.keep(f"{job.tensor}:f32", weights.float32(build.model, job.tensor))]
+    gates = ", ".join(f"{{{name}}}" for name in reads)
+    text = (
+        f"recurrent_cell_{spec.key}({gates}, {{0}}, a->slot, a->position, {{cache}}.keys, {{{out}}},\n"
+        "      M, i0, i1);"
+    )
+    functions, items = [recurrent_cell.function(spec)], str(-(-width // 16))
+    build.attentions.append((spec, None))
+    build.add(
+        "recurrent_cell", Split.ITEMS, reads, [out], text, job, names, functions, items, specs=[spec],
+        opens=True,
+    )  # fmt: skip
 
 
 def _embed(build: Builder, job: Embed) -> None:
@@ -155,17 +184,14 @@ def _dense(build: Builder, job: Linear) -> None:
     k, n, x = job.matrices[0].columns, job.width, build.names[job.reads[0]]
     out = build.out(job, instead=job.reads[-1] if "residual" in job.epilogue else None)
     spec = DenseLinearSpec(weight=stored(job.matrices[0].dtype), paired=job.paired, epilogue=job.epilogue)
-    names = [
-        build.keep(m.tensor, weights.stored(build.model, m.tensor))
-        if m.factor == 1.0
-        else build.keep(f"{m.tensor}*{m.factor}", weights.scaled(build.model, m.tensor, m.factor))
-        for m in job.matrices
-    ]
+    names = [build.keep(*weights.dense(build.model, m)) for m in job.matrices]
     second = "{1}" if job.paired else "NULL"
     extra, reads = further(build, job, names)
     text = f"dense_linear_{spec.key}({{{x}}}, {{0}}, {second}, {{{out}}}{extra}, M, {n}, {k}, i0, i1);"
     functions, items = [dense_c.function(spec)], str(-(-n // 16))
-    why = "the weights are not packed"
+    why = "the weights are not packed" + (
+        ", and blocks are read as one matrix" if job.matrices[0].parts else ""
+    )
     build.add(
         "dense_linear", Split.ITEMS, [x, *reads], [out], text, job, names, functions, items, why, [spec]
     )

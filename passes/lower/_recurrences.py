@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from effc.compiler.flat import FlatOp
-from effc.passes.lower._jobs import Attend, Normalize, Scan, Unlowered
+from effc.passes.lower._jobs import Attend, Cell, Linear, Normalize, Scan, Unlowered
 from effc.passes.lower._reading import Reading
 
 
@@ -99,6 +99,28 @@ def _near(read: Reading, flat: FlatOp) -> None:
     read.add(job, counts[0] * head_dim)
 
 
-RECURRENCES: Mapping[str, Callable[[Reading, FlatOp], None]] = {"scan": _scan, "near": _near}
+def _recur(read: Reading, flat: FlatOp) -> None:
+    inputs = [read.value(n) for n in flat.op.takes[:3]]
+    peep = read.tensor(flat.op.takes[3])
+    job = Cell(inputs, [flat.op.gives[0]], [flat.path], form=flat.op.attributes["cell"], tensor=peep)
+    read.add(job, read.width(inputs[0]))
+
+
+def _head_linear(read: Reading, flat: FlatOp) -> None:
+    """Matrices of their own for parts of x: blocks on the diagonal of one."""
+    x, weight, bias = flat.op.takes
+    stack = read.matrix(weight, bias)
+    parts = stack.experts
+    matrix = replace(stack, rows=stack.rows * parts, columns=stack.columns * parts, experts=0, parts=parts)
+    job = Linear([read.value(x)], list(flat.op.gives), [matrix.unit], matrices=[matrix], epilogue=("bias",))
+    read.add(job, matrix.rows)
+
+
+RECURRENCES: Mapping[str, Callable[[Reading, FlatOp], None]] = {
+    "scan": _scan,
+    "near": _near,
+    "recur": _recur,
+    "head_linear": _head_linear,
+}
 WORDLESS = frozenset({"log_gate", "complement", "softmax", "pool", "kept", "forget", "parts", "both"})
 """Ops that are read where a scan uses their results."""

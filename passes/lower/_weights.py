@@ -76,9 +76,16 @@ def sparse(model: Model, spec: SparseLinearSpec, matrices: Sequence[Matrix]) -> 
     return {part: partial(make, part) for part in Sparse._fields}
 
 
-def scaled(model: Model, name: str, factor: float) -> Make:
-    """A tensor times a number, in the dtype it has."""
-    return lambda: stored(model, name)() * factor
+def dense(model: Model, matrix: Matrix) -> tuple[str, Make]:
+    """Name and tensor of a dense matrix: as the model holds it, as blocks on a diagonal, or scaled."""
+
+    def make() -> Tensor:
+        w = stored(model, matrix.tensor)()
+        w = torch.block_diag(*w).contiguous() if matrix.parts else w
+        return w if matrix.factor == 1.0 else w * matrix.factor
+
+    name = matrix.tensor + (":whole" if matrix.parts else "")
+    return name if matrix.factor == 1.0 else f"{name}*{matrix.factor}", make
 
 
 def zeros(model: Model, matrices: Sequence[Matrix]) -> float:

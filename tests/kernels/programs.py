@@ -14,6 +14,7 @@ from effc.kernels.cpu.sanitize import unloaded
 from effc.runtime.decoder import ProgramDecoder, TorchDecoder, ready
 from tests.compiler.conftest import FAMILIES, V, fill
 from tests.passes.test_lower import BATCH, LENGTH, padded, quantized
+from tests.passes.test_lower_structures import recurrences, stacked
 
 
 def compared(model: Model, isa: Isa, tolerance: float) -> str:
@@ -42,6 +43,8 @@ def main() -> None:
         "packed": (quantized(), fastest, 0.05),
         "packed, portable": (quantized(8), plain, 0.05),
         "windows and caps": (fill(FAMILIES["gemma2"]()), fastest, 1e-5),
+        "experts": (fill(FAMILIES["mixtral"]()), fastest, 1e-5),
+        "recurrences, portable": (stacked(recurrences(), "attention"), plain, 1e-5),
         "positions and biases": (fill(FAMILIES["gpt2"]()), plain, 1e-5),
     }
     print(json.dumps({name: isolated(partial(compared, *job)) for name, job in jobs.items()}))

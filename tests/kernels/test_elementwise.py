@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from effc.compiler.blocks.mlp import ACTIVATIONS as MODEL_ACTIVATIONS
+from effc.kernels import elementwise as module
 from effc.kernels.cpu.build import build, load
+from effc.kernels.cpu.check import wrong
 from effc.kernels.cpu.isa import available
 from effc.kernels.cpu.vectors import VECTORS
 from effc.kernels.elementwise import ElementwiseSpec, elementwise, reference
@@ -99,3 +101,17 @@ def test_scale_product_and_activation_on_the_fastest_set() -> None:
 def test_two_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="two tensors of one shape"):
         elementwise(ElementwiseSpec(form="add"), available()[0], torch.zeros(4), torch.zeros(5), 1)
+
+
+@pytest.mark.parametrize("each", [0, 3, 16, 40])
+def test_numbers_of_the_second_tensor_may_be_shared(each: int) -> None:
+    for form in ("mul", "add"):
+        spec = ElementwiseSpec.model_validate({"form": form, "each": each})
+        found = {isa: wrong(module, spec, None, isa) for isa in available()}
+        assert found == dict.fromkeys(found, "")
+    with pytest.raises(ValueError, match="silu has one operand"):
+        ElementwiseSpec(form="silu", each=2)
+
+
+def test_a_sigmoid_is_its_definition() -> None:
+    assert wrong(module, ElementwiseSpec(form="sigmoid"), None, available()[0]) == ""

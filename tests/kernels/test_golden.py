@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from effc.kernels import recurrent_cell as cell
 from effc.kernels.attention import emit_triton as flash
 from effc.kernels.attention.spec import AttentionGpuSpec
 from effc.kernels.cached_attention import emit_c as attention
@@ -54,7 +55,7 @@ def mixture() -> str:
     each = expert_linear.ExpertLinearSpec(experts=8, active=2, packed=W8)
     back = combine.CombineSpec(active=2, residual=True)
     there = route.function(choice) + spread.function(rows) + expert_linear.function(each)
-    return there + combine.function(back)
+    return (there + combine.function(back)).replace(W8.key, "of_one")
 
 
 def program() -> str:
@@ -71,7 +72,8 @@ TEXTS: dict[str, Callable[[], str]] = {
     "cached_attention.c": lambda: attention.function(HEADS),
     "program.c": program,
     "experts.c": mixture,
-    "sparse_linear.c": lambda: sparse.function(SparseLinearSpec(packed=W8)),
+    "recurrent_cell.c": lambda: cell.function(cell.RecurrentCellSpec(cell="gru", width=128)),
+    "sparse_linear.c": lambda: sparse.function(SparseLinearSpec(packed=W8)).replace(W8.key, "dense"),
     "linear_attention.c": lambda: recurrent.function(GATED),
     "quant_linear.triton": lambda: quant_gpu.emit(
         WeightOnlySpec(bits=4, group=128, symmetric=False, epilogue=("bias", "silu"), tiles=TILES[:1])

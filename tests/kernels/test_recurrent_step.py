@@ -1,15 +1,19 @@
-"""linear_attention in C: its definition on every set of instructions, the same bits by any members."""
+"""Recurrences in C: each its definition on every set of instructions, the same bits by any members."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import pytest
 import torch
 
+from effc.kernels import recurrent_cell
 from effc.kernels.cpu.check import wrong
 from effc.kernels.cpu.isa import available
 from effc.kernels.linear_attention import cpu
 from effc.kernels.linear_attention.reference_c import prepare, recur
 from effc.kernels.linear_attention.spec_c import RecurrentSpec, refuses
+from effc.kernels.recurrent_cell import RecurrentCellSpec
 
 GLA = RecurrentSpec(heads=3, kv_heads=3, key_dim=20, value_dim=37, divisor=16.0, scale=0.25)
 SPECS = {
@@ -30,6 +34,13 @@ SPECS = {
 @pytest.mark.parametrize("name", SPECS)
 def test_equals_its_definition_on_every_set_and_number_of_members(name: str) -> None:
     found = {isa: wrong(cpu, SPECS[name], None, isa) for isa in available()}
+    assert found == dict.fromkeys(found, "")
+
+
+@pytest.mark.parametrize("cell", ["gru", "lstm_cifg"])
+def test_a_cell_equals_its_definition_on_every_set_and_number_of_members(cell: Literal["gru"]) -> None:
+    spec = RecurrentCellSpec(cell=cell, width=37)
+    found = {isa: wrong(recurrent_cell, spec, None, isa) for isa in available()}
     assert found == dict.fromkeys(found, "")
 
 

@@ -12,19 +12,26 @@ from torch import Tensor, nn
 
 from effc.compiler.assemble import assemble
 from effc.compiler.blocks import MLP, Attention, Embedding, Linear, MoE, Norm
+from effc.compiler.blocks.gated_attention import GatedAttention
 from effc.compiler.blocks.gated_linear_attention import GatedLinearAttention
 from effc.compiler.blocks.liger_attention import LigerAttention
 from effc.compiler.blocks.lora_linear import LoraLinear
 from effc.compiler.blocks.low_rank_linear import LowRankLinear
+from effc.compiler.blocks.para_rnn import ParaRNN
 from effc.compiler.blocks.quant_linear import QuantLinear
+from effc.compiler.blocks.routed_lora import GatedLora
 from effc.compiler.blocks.tempered import Tempered
+from effc.compiler.method import Context
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.kernels.cpu.check import isolated
+from effc.passes.arch.residual_scale import ResidualScale
 from effc.passes.lower.decoder import lower
 from effc.passes.quantize.rtn import RTN
+from effc.runtime.bench import bytes_per_token
 from effc.runtime.decoder import ProgramDecoder, TorchDecoder, ready
 from effc.runtime.kernel_table import kernels_of
+from effc.runtime.stage import run_stage
 from tests.compiler.conftest import FAMILIES, V, fill
 from tests.passes.test_carve import carved
 from tests.passes.test_lower import BATCH, LENGTH, in_turns, padded
@@ -156,6 +163,10 @@ def test_experts_that_nobody_chose_are_not_read() -> None:
         spoiled += bool(found.isnan().any())
         assert bool(found.isnan().any()) or torch.equal(found, due)
     assert spoiled == 1
+    made = ready(model, threads=1)
+    stack = sum(t.nbytes for name, t in made.program.tensors.items() if ".experts." in name)
+    others = made.program.bytes - stack - model.module("embedding").weight.nbytes
+    assert bytes_per_token(made) == others + stack // 4
 
 
 def test_every_barrier_of_a_mixture_is_needed_and_a_missing_one_is_seen() -> None:
@@ -234,6 +245,25 @@ def test_thin_products_are_two_matrices() -> None:
         if isinstance(unit, Linear) and ".mlp." in path:
             thin = LowRankLinear(in_features=unit.in_features, out_features=unit.out_features, rank=5)
             rw.swap(path, thin)
+    assert nearness(fill(rw.done())) <= 1e-5
+
+
+def test_gates_and_cells_give_the_logits_of_their_model() -> None:
+    """A gate for each head, for each channel, behind the output; trained factors; cells of both kinds."""
+    sizes: dict[str, Any] = {"width": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "rope": ROPE}
+    mixers: list[nn.Module] = [
+        GatedAttention(**sizes),
+        GatedAttention(kind="element", **sizes),
+        GatedAttention(kind="element", position="after_o", **sizes),
+        ParaRNN(width=32, tol=1e-9),
+        ParaRNN(width=32, cell="lstm_cifg", jac="block2", heads=4, tol=1e-9),
+    ]
+    scale = ResidualScale.model_validate({"lambda": "learned"})
+    rw = Rewriter(run_stage(scale, [stacked(mixers, "attention")], Context(seed=1)).model, "adapt.lora")
+    up: Any = rw.model.module("layers.1.mlp")
+    gated = GatedLora(in_features=40, out_features=32, rank=3, scale=2.0)
+    gated.base = up.down
+    rw.swap("layers.1.mlp.down", gated)
     assert nearness(fill(rw.done())) <= 1e-5
 
 

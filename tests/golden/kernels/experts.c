@@ -75,7 +75,7 @@ static void expert_linear_a7460dbf9dd8524f(const int32_t *RESTRICT chosen, const
   for (long e = 0; e < 8; e++) {
     const long at = edges[e], rows = edges[e + 1] - at;
     if (!rows) continue;
-    quant_linear_71e2164fefa855da(xq + at * K, xs + at * groups, xsum + at * groups, w + e * apart, y + at * N,
+    quant_linear_of_one(xq + at * K, xs + at * groups, xsum + at * groups, w + e * apart, y + at * N,
       rows, N, K, first, last);
   }
 }

@@ -170,7 +170,7 @@ static  void whole_plain_c1b26db53fa4edc8(
       }
     }
     const uint8_t *w = (const uint8_t *)((uintptr_t)dense - (uintptr_t)(block * size));
-    quant_linear_74396a40c63a0ea9(xq, xs, xsum, w, y, M, N, K, block, block + 1);
+    quant_linear_dense(xq, xs, xsum, w, y, M, N, K, block, block + 1);
   }
 }
 
@@ -310,7 +310,7 @@ static BY_EXPANDING void whole_expanding_c1b26db53fa4edc8(
       }
     }
     const uint8_t *w = (const uint8_t *)((uintptr_t)dense - (uintptr_t)(block * size));
-    quant_linear_74396a40c63a0ea9(xq, xs, xsum, w, y, M, N, K, block, block + 1);
+    quant_linear_dense(xq, xs, xsum, w, y, M, N, K, block, block + 1);
   }
 }
 
