@@ -8,7 +8,7 @@ from typing import Literal
 from effc.compiler.model import Model
 from effc.kernels.cpu.isa import Isa, available
 from effc.passes.lower.decoder import Unlowered
-from effc.runtime.decoder import Kernels, no_program, ready
+from effc.runtime.decoder import Kernels, device_of, launched, no_program, ready
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 
@@ -16,7 +16,7 @@ from effc.specs.diagnostic import Diagnostic, EffcError
 class Choice:
     """What `--kernels` and `--isa` come to."""
 
-    kernels: Literal["c", "torch"]
+    kernels: Literal["c", "triton", "torch"]
     isa: Isa | None
     """Of a C program."""
     why: str = ""
@@ -27,17 +27,28 @@ class Choice:
         """As `effc bench` prints it."""
         if self.isa is not None:
             return f"a C program for {self.isa}"
+        if self.kernels == "triton":
+            return "Triton kernels, a token as one CUDA graph"
         return f"torch: {self.why}" if self.why else "torch"
 
 
 def choose(model: Model, kernels: Kernels = "auto", isa: str | None = None) -> Choice:
-    """auto: the C program, dense weights too, whenever there is one; it is compiled here.
+    """auto: the C program, dense weights too, whenever there is one, or Triton kernels where the weights are
+    on a GPU; they are made here.
 
     Raises:
         EffcError: E503 when a program is asked for and there is none, or not for this processor.
     """
     if kernels == "torch":
         return Choice("torch", None)
+    if kernels == "triton" or (kernels == "auto" and device_of(model).type == "cuda"):
+        try:
+            launched(model)
+            return Choice("triton", None)
+        except Unlowered as reason:
+            if kernels == "triton":
+                raise no_program(reason, "triton") from None
+            return Choice("torch", None, str(reason))
     chosen = Isa(isa) if isa else available()[0]
     if chosen not in available():
         had = f"it has {', '.join(available())}"

@@ -155,8 +155,8 @@ def _sampling(p: argparse.ArgumentParser) -> None:
 
 def _kernels(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--kernels", choices=("auto", "c", "torch"), default="auto",
-        help="auto: one C program where the model has one (default), else torch",
+        "--kernels", choices=("auto", "c", "triton", "torch"), default="auto",
+        help="auto: one C program, or Triton kernels on a GPU, where the model has them (default), else torch",
     )  # fmt: skip
     p.add_argument("--isa", choices=("amx", "avx512", "avx2", "portable"), help="instructions of the C program")
 

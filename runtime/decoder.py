@@ -1,4 +1,4 @@
-"""Decoder: a model's next-token logits, by its blocks in torch or by a program lowered for this processor.
+"""Decoder: a model's next-token logits, by its blocks in torch, a C program or the launches of a GPU.
 
 Shapes: B sequences, T tokens of prompt, V vocabulary.
 """
@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from effc.compiler.blocks.quant_linear import Packed
 from effc.compiler.model import Model
 from effc.compiler.step import Cache
+from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.cpu.build import compiler
 from effc.kernels.cpu.isa import Isa, available
+from effc.kernels.gpu.launches import LaunchPlan
 from effc.kernels.program.call import ROWS
 from effc.kernels.program.run import Program, Session
 from effc.passes.lower.by_torch import by_torch
 from effc.passes.lower.decoder import Lowered, Unlowered, angles, compiled, lower
+from effc.passes.lower.gpu import launches
 from effc.runtime.content import Content, content
+from effc.runtime.launched import LaunchedDecoder
 from effc.specs.diagnostic import Diagnostic, EffcError
 
-Kernels = Literal["auto", "c", "torch"]
+Kernels = Literal["auto", "c", "triton", "torch"]
 
 
 class Decoder(Protocol):
@@ -138,9 +142,10 @@ def _made(model: Model, isa: Isa, threads: int) -> Ready:
     turns: dict[str, Any] = {}
     attentions = []
     for spec, rope in lowered.attentions:
-        if rope is not None and str(rope) not in turns:
-            turns[str(rope)] = angles(rope, spec.head_dim)
-        attentions.append((spec, turns[str(rope)] if rope is not None else None))
+        turn = None
+        if rope is not None and isinstance(spec, CachedAttentionSpec):
+            turn = turns[str(rope)] = turns.get(str(rope)) or angles(rope, spec.head_dim)
+        attentions.append((spec, turn))
     with torch.inference_mode(False):  # torch counts no changes of tensors that are made within it
         model.materialize()
         program = compiled(lowered, isa, threads)
@@ -152,12 +157,19 @@ def _made(model: Model, isa: Isa, threads: int) -> Ready:
 def decoder(
     model: Model, batch: int, longest: int, kernels: Kernels = "auto", isa: Isa | None = None
 ) -> Decoder:
-    """What generates with `model`. auto: a program where weights are packed and the model can be lowered.
+    """What generates with `model`. auto: a program where weights are packed and the model can be lowered,
+    in C, or as launches of Triton kernels where the weights are on a GPU.
 
     Raises:
-        EffcError: E503 when `kernels` is c and the model has no program.
+        EffcError: E503 when `kernels` is c or triton and the model has no such program.
     """
     packed = any(isinstance(unit, Packed) for _, unit in model.units())
+    if kernels == "triton" or (kernels == "auto" and packed and device_of(model).type == "cuda"):
+        try:
+            return LaunchedDecoder(launched(model), batch, longest)
+        except Unlowered as reason:
+            if kernels == "triton":
+                raise no_program(reason, "triton") from None
     if kernels == "torch" or (kernels == "auto" and not packed):
         return TorchDecoder(model, longest)
     try:
@@ -168,10 +180,31 @@ def decoder(
         return TorchDecoder(_by_torch(model) if packed and compiler() is None else model, longest)
 
 
-def no_program(reason: Unlowered) -> EffcError:
-    """E503 for a model that was asked to run in C."""
-    help = "leave out `--kernels c`: the model runs in torch"
-    return EffcError(Diagnostic("E503", "the model has no C program", notes=(str(reason),), help=help))
+def launched(model: Model) -> LaunchPlan:
+    """The launches of a model on the GPU that holds its weights; made again when a weight was changed since.
+
+    Raises:
+        Unlowered: in words, why the model runs in torch.
+    """
+    device = device_of(model)
+    if device.type != "cuda":
+        raise Unlowered(f"its weights are on {device.type}, and Triton kernels run on a GPU")
+    held: tuple[Content, LaunchPlan] | None = model.__dict__.get("_launches")
+    if held is None or held[0] != content(model):
+        model.__dict__["_launches"] = held = content(model), launches(model, device)
+    return held[1]
+
+
+def device_of(model: Model) -> torch.device:
+    """Where the weights are."""
+    return next((t.device for t in model.tensors().values() if not t.is_meta), torch.device("cpu"))
+
+
+def no_program(reason: Unlowered, kernels: Literal["c", "triton"] = "c") -> EffcError:
+    """E503 for a model that was asked to run by kernels that it has none of."""
+    help = f"leave out `--kernels {kernels}`: the model runs in torch"
+    title = "the model has no C program" if kernels == "c" else "the model has no Triton kernels here"
+    return EffcError(Diagnostic("E503", title, notes=(str(reason),), help=help))
 
 
 def _by_torch(model: Model) -> Model:

@@ -129,7 +129,7 @@ CODES: Mapping[str, str] = {
     "E464": "The model holds no adapter.",
     "E501": "There is no C compiler for the kernels.",
     "E502": "The C compiler refuses a kernel.",
-    "E503": "A model has no C program.",
+    "E503": "A model has no program of the kernels that were asked for.",
     "E504": "Triton is not installed, which kernels for GPUs are written in.",
     "E550": "The tool that verifies an export is not installed.",
     "E551": "The tool that an export is meant for does not load or run it.",
