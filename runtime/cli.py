@@ -156,9 +156,11 @@ def _sampling(p: argparse.ArgumentParser) -> None:
 def _kernels(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--kernels", choices=("auto", "c", "triton", "torch"), default="auto",
-        help="auto: one C program, or Triton kernels on a GPU, where the model has them (default), else torch",
+        help="auto: a C program, or Triton kernels on a GPU, where the model has them (default), else torch",
     )  # fmt: skip
-    p.add_argument("--isa", choices=("amx", "avx512", "avx2", "portable"), help="instructions of the C program")
+    p.add_argument(
+        "--isa", choices=("amx", "avx512", "avx2", "portable"), help="instructions of the C program"
+    )
 
 
 def _model(p: argparse.ArgumentParser) -> None:
