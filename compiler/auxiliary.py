@@ -62,7 +62,7 @@ def after_step(model: Model, weights: Mapping[str, nn.Parameter], progress: floa
         if isinstance(unit, Averaged):
             for name in ("gate", "up", "down"):
                 if (weight := weights.get(f"{path}.experts.{name}.weight")) is not None:
-                    weight.copy_(unit.drawn(weight, progress))
+                    weight.copy_(unit.pulled(weight, progress))
 
 
 def total(main: Tensor, more: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ def _exact_halves() -> Iterator[None]:
     if not known.get("amx_bf16"):
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009, its type is not declared
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield

@@ -47,7 +47,8 @@ def keeping() -> Iterator[None]:
 
 
 @contextmanager
-def _mode(*settings: int) -> Iterator[None]:
+def _mode(mapped_from: int, trimmed_from: int, most_mapped: int) -> Iterator[None]:
+    settings = (mapped_from, trimmed_from, most_mapped)
     _modes.append(settings)
     _set(*settings)
     try:

@@ -65,7 +65,7 @@ class Averaged(Unit):
         wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
         return wide.mean(0).to(weight.dtype)
 
-    def drawn(self, weights: Tensor, progress: float) -> Tensor:
+    def pulled(self, weights: Tensor, progress: float) -> Tensor:
         """weights [E, o, i] after the step at `progress` (0 to 1) of a training, nearer to each other."""
         share = self.beta * (progress if self.ramp else 1.0) * self.n_experts / (self.n_experts - 1)
         return torch.lerp(weights, weights.mean(0, keepdim=True), share)

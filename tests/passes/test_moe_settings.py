@@ -191,15 +191,15 @@ def test_copies_start_and_end_as_one_block(tiny: Model) -> None:
 def test_averaging_keeps_the_mean_and_shrinks_the_rest() -> None:
     block = Averaged(width=4, hidden=4, experts=4, beta=0.3)
     w = torch.randn(4, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    after = block.drawn(w, 0.5)
+    after = block.pulled(w, 0.5)
     torch.testing.assert_close(after.mean(0), w.mean(0), rtol=0, atol=1e-15)
     gap = 1 - 0.15 * 4 / 3
     torch.testing.assert_close(after - w.mean(0), gap * (w - w.mean(0)))
     others = (w.sum(0) - w[1]) / 3
     torch.testing.assert_close(after[1], 0.85 * w[1] + 0.15 * others)
-    torch.testing.assert_close(block.drawn(w, 0.0), w)
+    torch.testing.assert_close(block.pulled(w, 0.0), w)
     steady = Averaged(width=4, hidden=4, experts=4, beta=0.3, ramp=False)
-    torch.testing.assert_close(steady.drawn(w, 0.0), block.drawn(w, 1.0))
+    torch.testing.assert_close(steady.pulled(w, 0.0), block.pulled(w, 1.0))
 
 
 def test_training_deals_tokens_out_evenly_and_averages_after_each_step(tiny: Model) -> None:
