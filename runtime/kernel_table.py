@@ -7,19 +7,25 @@ from collections.abc import Sequence
 from typing import Any
 
 from effc.compiler.model import Model
+from effc.kernels.gpu.launches import Launch
 from effc.kernels.program.call import Call
 from effc.passes.lower.decoder import Unlowered, lower
+from effc.runtime.decoder import device_of, launched
 
 _LAYER = re.compile(r"^layers\.(\d+)\.?")
 Row = tuple[str, str, str, str]
 
 
 def kernels_of(model: Model) -> dict[str, Any]:
-    """`rows` of `where`, `nodes`, `kernel` and `why`; without a C program none, and `why` there is none."""
+    """`rows` of `where`, `nodes`, `kernel` and `why`; without a program none, and `why` there is none.
+
+    The C program's, or the launches of the GPU that the weights are on.
+    """
     try:
         if not hasattr(model.gm, "head"):
             raise Unlowered("the model has no head that could write text")
-        calls = lower(model).plan.calls
+        on_gpu = device_of(model).type == "cuda"
+        calls: Sequence[Call | Launch] = launched(model).launches if on_gpu else lower(model).plan.calls
     except Unlowered as reason:
         return {"rows": [], "why": str(reason)}
     names = ("where", "nodes", "kernel", "why")
@@ -32,7 +38,7 @@ def kernel_lines(found: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     return [heads, *((r["where"], r["nodes"], r["kernel"], r["why"]) for r in found["rows"])]
 
 
-def _rows(calls: Sequence[Call]) -> list[Row]:
+def _rows(calls: Sequence[Call | Launch]) -> list[Row]:
     """Rows of runs of equal layers; what stands outside layers is named whole."""
     groups: list[tuple[int | None, list[tuple[str, str, str]]]] = []
     for call in calls:
@@ -57,7 +63,7 @@ def _rows(calls: Sequence[Call]) -> list[Row]:
     return rows
 
 
-def _nodes(call: Call) -> str:
+def _nodes(call: Call | Launch) -> str:
     """`attention.q, k, v`: the nodes of a call, within their layer."""
     inside = [_LAYER.sub("", path) for path in call.paths]
     heads = [path.rpartition(".")[0] for path in inside]
@@ -66,8 +72,10 @@ def _nodes(call: Call) -> str:
     return ", ".join(inside) if inside else "(between nodes)"
 
 
-def _kernel(call: Call) -> str:
-    """The kernel with its key, as the program's text calls it."""
+def _kernel(call: Call | Launch) -> str:
+    """The kernel with its key, as the program's text calls it, or the keys of a launch."""
+    if isinstance(call, Launch):
+        return " ".join((call.op, *(spec.key for spec in call.specs)))
     found = re.search(r"\b(\w+)\(", call.text)
     name = found.group(1) if found else call.op
     return name if name.startswith(call.op) else call.op
