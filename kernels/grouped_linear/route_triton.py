@@ -59,7 +59,7 @@ def sort_kernel(chosen, order, first, S, blocks, EXPERTS: tl.constexpr, BLOCK: t
 def sort(chosen, order, first):
     """chosen [M, k] -> order [S] and first [E + 1] int32, which are written"""
     S = chosen.numel()
-    block = min(128, max(16, triton.next_power_of_2(S)))
+    block = min(64, max(16, triton.next_power_of_2(S)))
     blocks = triton.cdiv(S, block)
     sort_kernel[(blocks + triton.cdiv(EXPERTS + 1, block),)](
         chosen, order, first, S, blocks, EXPERTS=EXPERTS, BLOCK=block, num_warps=4

@@ -43,8 +43,9 @@ TILES = (
 )
 """For few rows, some and many; chosen by counts of instructions and registers, not by time."""
 
-TILES_OF_3 = (TILES[0], Tile(bm=32, bn=128, warps=8, stages=3))
-"""A plane of 3-bit codes has scales of its own, so that 64 rows would spill registers."""
+MORE_OF_3 = Tile(bm=32, bn=128, warps=8, stages=3)
+"""A plane of 3-bit codes has scales of its own, so that 64 rows would spill registers; where a row has one
+scale, few rows beside 128 channels would."""
 
 
 class WeightOnlySpec(KernelSpec, frozen=True):
@@ -82,7 +83,8 @@ class WeightOnlySpec(KernelSpec, frozen=True):
         if not isinstance(given, dict) or "tiles" in given:
             return given
         if three:
-            return given | {"tiles": TILES_OF_3}
+            few = Tile(bm=16, bn=128 if given.get("group") else 64, warps=4, stages=4, split=4)
+            return given | {"tiles": (few, MORE_OF_3)}
         short = 0 < (given.get("group") or 0) < 128 or given.get("columns") == 64
         return given | {"tiles": TILES[:2] if short else TILES}
 
