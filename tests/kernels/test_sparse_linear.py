@@ -22,12 +22,14 @@ EIGHT = SparseLinearSpec(packed=QuantLinearSpec(bits=8, group=64))
 WHOLE = SparseLinearSpec(packed=QuantLinearSpec(bits=8, group=0, scale="bfloat16"))
 PAIR = QuantLinearSpec(bits=8, group=0, paired=True, epilogue=("silu", "row_scale"))
 CHAIN = QuantLinearSpec(bits=8, group=64, epilogue=("bias", "gelu", "residual"))
-SPECS = [SparseLinearSpec(packed=one) for one in (PAIR, CHAIN)]
+SETS = {"paired": (PAIR, available()[:1]), "chain": (CHAIN, available()[-3:])}
+"""Kernels, and the sets of instructions that each is compiled for."""
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=["paired", "chain"])
-def test_equals_its_definition_on_every_set_and_number_of_members(spec: SparseLinearSpec) -> None:
-    found = {isa: wrong(cpu, spec, None, isa) for isa in available()}
+@pytest.mark.parametrize("name", SETS)
+def test_equals_its_definition_by_any_number_of_members(name: str) -> None:
+    packed, sets = SETS[name]
+    found = {isa: wrong(cpu, SparseLinearSpec(packed=packed), None, isa) for isa in sets}
     assert found == dict.fromkeys(found, "")
 
 
