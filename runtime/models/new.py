@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -15,9 +15,12 @@ from torch import Tensor
 
 from effc.compiler.architecture import architecture
 from effc.compiler.importer import build, tokenizer_files
+from effc.compiler.method import Slot
 from effc.compiler.model import Model
+from effc.compiler.rewrite import Rewriter
 from effc.compiler.weights import LazyTensor
 from effc.runtime.data._vocabulary import Vocabulary
+from effc.runtime.models._blocks import BlockPart
 from effc.runtime.models._source import ModelSource
 from effc.runtime.smaller import smaller
 from effc.specs.diagnostic import Diagnostic, EffcError
@@ -32,10 +35,12 @@ class New(ModelSource):
     """A decoder that has learned nothing yet: normal weights of deviation 0.02, gains of one, a tied head.
 
     Weights that write into the residual stream begin smaller by sqrt(2 layers). Train it with adapt.full.
+    Other blocks in the family's place fill `attention`, `norm` and `residual`; exports then are artefacts.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
         'new(llama, tokenizer = "specs/zoo/pylm", layers = 2, width = 64, hidden = 128, heads = 4)',
+        'new(qwen3, tokenizer = "specs/zoo/pylm", attention = gated_attention(), norm = layer_norm())',
     )
 
     architecture: Literal["llama", "mistral", "qwen2", "qwen3"] = Field(description="family of the blocks")
@@ -48,6 +53,15 @@ class New(ModelSource):
         default=None, ge=1, le=1024, description="key and value heads; none: as many as heads"
     )
     positions: Count = Field(default=512, ge=8, le=1_000_000, description="longest sequence")
+    attention: Annotated[BlockPart | None, Slot("arch.attention")] = Field(
+        default=None, description="attention of another form, e.g. gated_attention(); none: the family's"
+    )
+    norm: Annotated[BlockPart | None, Slot("arch.norm")] = Field(
+        default=None, description="norms of another form, e.g. layer_norm(); none: the family's"
+    )
+    residual: Annotated[BlockPart | None, Slot("arch.residual")] = Field(
+        default=None, description="branches with a factor, e.g. residual_scale(); none: as they are"
+    )
     dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="how weights are stored")
     seed: int = Field(default=0, ge=0, description="what the weights are drawn from")
 
@@ -79,6 +93,11 @@ class New(ModelSource):
         vocabulary = Vocabulary.of(found.files)
         family = architecture(self.architecture)
         model = build(family, self._config(vocabulary, family.classes[0]), _DTYPES[self.dtype])
+        if parts := [part for part in (self.attention, self.norm, self.residual) if part is not None]:
+            rw = Rewriter(model, "new")
+            for part in parts:
+                part.put(rw)
+            model = rw.done()
         model.tokenizer = found
         model.weights = {name: self._lazy(name, tensor) for name, tensor in model.tensors().items()}
         return smaller(model) if tiny else model

@@ -1,0 +1,1 @@
+"""Blocks of fresh models: `new(llama, attention = gated_attention(), ...)`."""

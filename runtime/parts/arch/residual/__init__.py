@@ -1,0 +1,1 @@
+"""Residual branches of fresh models."""
