@@ -130,7 +130,7 @@ def settle(step: Step, goes: Tensor, number: int) -> None:
 
 @_op()
 def first_learners(scores: Tensor, *, fewest: int) -> Tensor:
-    """scores [..., N + 1] -> how many learners run [...] int64: the largest among fewest..N, the lower first"""
+    """scores [..., N + 1] -> how many learners run [...] int64: the largest, of equal ones the fewer"""
     return scores[..., fewest:].argmax(-1) + fewest
 
 
@@ -145,3 +145,9 @@ def learned(
         y = y + shift if shift is not None and j == 0 else y
         out = out + y.where((count > j).unsqueeze(-1), 0.0)
     return out
+
+
+@_op()
+def fires(z: Tensor) -> Tensor:
+    """1 where z is above 0, else 0, in z's dtype"""
+    return (z > 0).to(z.dtype)

@@ -46,6 +46,7 @@ ROLES = (
     "exit.head",
     "exit.gate",
     "learner",
+    "predictor",
     "prefix",
     "aggregate",
     "aggregate.mix",
@@ -68,6 +69,7 @@ _LAST = {
 }
 _LAST |= dict.fromkeys(("attention_scale", "mlp_scale", "moe_scale"), "scale")
 _LAST |= dict.fromkeys(("learners_in", "learners_out", "choose_in", "choose_out"), "learner")
+_LAST |= dict.fromkeys(("fire_in", "fire_out"), "predictor")
 _LAST |= dict.fromkeys(("fast_in", "fast_gate", "fast_out", "q_affine", "k_affine"), "fast")
 _LAST |= dict.fromkeys(("peep", "local", *(f"gate_{name}" for name in "zrcfu")), "cell")
 

@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from effc.compiler.blocks.acm import ACM
 from effc.compiler.blocks.attention import Attention
 from effc.compiler.blocks.exit import Exit
+from effc.compiler.blocks.fire_mlp import FireMLP
 from effc.compiler.blocks.skipping import SkipAttention, SkipHead, SkipMLP
 from effc.compiler.blocks.unit import Unit
 from effc.compiler.ops_adaptive import running
@@ -51,7 +52,12 @@ def counting(model: Model, mean: int) -> Iterator[Spent]:
     """Counts while the context is open; `mean` keys are taken for what a token attends to, as in a plan."""
     found = Spent()
     handles = [_tokens(model, found)]
+    masked = {id(leaf) for _, unit in model.units() if isinstance(unit, FireMLP) for leaf in _masked(unit)}
     for path, unit in model.units():
+        if isinstance(unit, FireMLP):
+            handles.append(_fired(unit, found))
+        if id(unit) in masked:
+            continue
         door, flops = _door(unit, mean)
         if flops or isinstance(unit, Attention):
             layer = layer_of(path) if isinstance(unit, Attention) else None
@@ -76,6 +82,18 @@ def _door(unit: Unit, mean: int) -> tuple[nn.Module, int]:
     if isinstance(unit, SkipMLP):
         return unit, 0
     return unit, unit.flops(mean)
+
+
+def _masked(unit: FireMLP) -> list[nn.Module]:
+    """Weights of which a token uses the channels that fire."""
+    return [unit.up, unit.down, *((unit.gate,) if unit.gated else ())]
+
+
+def _fired(unit: FireMLP, found: Spent) -> Any:
+    def leave(_: nn.Module, __: Any, z: Tensor) -> None:
+        found.flops += int((z > 0).sum()) * unit.channel_flops()
+
+    return unit.fire_out.register_forward_hook(leave)
 
 
 def _tokens(model: Model, found: Spent) -> Any:

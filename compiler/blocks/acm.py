@@ -6,11 +6,11 @@ hidden width of the gate. Source: Adaptive Computation Modules, arXiv 2312.10193
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from effc.compiler.blocks.linear import Linear, StackedLinear
 from effc.compiler.blocks.mlp import ACTIVATIONS, Activation
@@ -28,6 +28,8 @@ class ACM(Unit):
     learners' work that training aimed at: a plan counts so much. In training a module keeps in `told` what
     each token chose [n, N + 1], one-hot with the gradient of a Gumbel softmax of temperature `tau`.
     """
+
+    shift: nn.Parameter | None
 
     def __init__(
         self,
@@ -132,7 +134,7 @@ def dense(unit: ACM, x: Tensor, count: Tensor) -> Tensor:
         count,
         unit.learners_in.weight,
         unit.learners_out.weight,
-        cast("Tensor | None", unit.shift),
+        unit.shift,
         form=unit.activation,
     )
     return out

@@ -29,8 +29,12 @@ if TYPE_CHECKING:
     from effc.compiler.op_graph import Ops, Value
 
 
+GAIN = 16.0
+"""What a gate's five numbers count for: they must move as fast as the head's many, by steps of one size."""
+
+
 class Exit(Unit):
-    """z = head(norm(x)), g = sigmoid(gate(confidence(z))); who leaves keeps z and its stream as it is.
+    """z = head(norm(x)), g = sigmoid(GAIN gate(confidence(z))); who leaves keeps z and its stream as it is.
 
     x passes through. A token leaves where the chance to do so, given that it is still there, reaches
     `threshold`: min(g, rest) / rest with rest = 1 - the gates before. In training nobody leaves. `number`:
@@ -84,12 +88,14 @@ class Exit(Unit):
     def gates(self, z: Tensor) -> Tensor:
         """logits [..., V] -> g [...], float32 at least."""
         seen = confidence(z, power=self.power)
-        return torch.sigmoid(wide_linear(seen, self.gate.weight, cast(Tensor, self.gate.bias))).squeeze(-1)
+        told = wide_linear(seen, self.gate.weight, cast(Tensor, self.gate.bias))
+        return torch.sigmoid(told * GAIN).squeeze(-1)
 
     def expand(self, ops: Ops, x: Value) -> Value:
         z = ops.inline("head", self.head, ops.inline("norm", self.norm, x))
         seen = ops("confidence", z, power=self.power)
-        gate = ops("sigmoid", ops("wide_linear", seen, ops.weight("gate.weight"), ops.weight("gate.bias")))
+        told = ops("wide_linear", seen, ops.weight("gate.weight"), ops.weight("gate.bias"))
+        gate = ops("sigmoid", ops("scale", told, factor=GAIN))
         return ops("exit_leave", x, ops.step, gate, z, number=self.number, threshold=self.threshold)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from effc.compiler.blocks.exit import Answers, Exit
+from effc.compiler.blocks.exit import GAIN, Answers, Exit
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.norm import Norm
 from effc.compiler.contract import TRAIN, Contract, Fact
@@ -35,13 +35,14 @@ CLOSED = -4.0
 class EarlyExit(Train):
     """Put a head and a gate behind every n-th layer, and train both: a token leaves where its gate says so.
 
-    z_l = head_l(norm_l(x_l)), g_l = sigmoid(w f(z_l) + b) with f: largest p, entropy, margin of the two
+    z_l = head_l(norm_l(x_l)), g_l = sigmoid(16 (w f(z_l) + b)) with f: largest p, entropy, margin of the two
     largest, entropy of p sharpened. P_l = max(0, min(g_l, 1 - sum_{j<l} g_j)), the rest goes to the last
     head. After a warm-up, in which head l of G weighs G - l, two turns of `switch_every` steps alternate:
     heads by sum_l P_l CE_l, of each token rescaled to sum_l CE_l; gates by binary cross-entropy to "1 from
     l* = argmin_l CE_l + lambda cost_l on", both answers weighing alike. cost_l is the share of the model's
     FLOPs up to there. A token leaves at the first l with P_l / (1 - sum_{j<l} P_j) >= `threshold`; layers
-    behind take keys and values from its stream as it is. (How the paper sharpens is not confirmed: `power`.)
+    behind take keys and values from its stream as it is. (How the paper sharpens is not confirmed:
+    `power`. The factor 16 is effc's, so that gates move as fast as heads by steps of one size.)
 
     Use when: many tokens are easy, and a token may cost what it needs.
     Costs:    d V weights and their work for each exit (heads = shared: no weights); keys and values of all
@@ -138,7 +139,7 @@ class EarlyExit(Train):
                         rw.write(f"{path}.{name}", slot, tensor.detach().clone())
             dtype = unit.gate.weight.dtype
             rw.write(f"{path}.gate", "weight", torch.zeros(1, 4, dtype=dtype))
-            rw.write(f"{path}.gate", "bias", torch.full((1,), CLOSED, dtype=dtype))
+            rw.write(f"{path}.gate", "bias", torch.full((1,), CLOSED / GAIN, dtype=dtype))
 
     def trains(self, model: Model) -> list[str]:
         if not self.freeze_backbone:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from effc.compiler.method import Batch
 from effc.compiler.model import Model
 from effc.compiler.ops_adaptive import LEFT
 from effc.compiler.rewrite import Rewriter
@@ -13,6 +16,16 @@ from effc.passes.adaptive._exits import exits_in
 from effc.passes.adaptive.early_exit import EarlyExit
 from effc.specs.recipe import Ref
 from tests.compiler.conftest import DECODERS, fill
+
+from .tiny_models import Sequences
+
+
+class Again(Sequences):
+    """Few sequences, seen over and over."""
+
+    def batch(self, split: str, indices: Sequence[int]) -> Batch:
+        return super().batch(split, [i % len(self.ids) for i in indices])
+
 
 DENSE = [name for name in DECODERS if name != "mixtral"]
 """Families of decoders whose layers can be skipped."""
