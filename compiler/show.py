@@ -1,6 +1,6 @@
 """Show: a model as text, a line a node with shape, dtype, parameters and origin; like layers folded into one.
 
-Letters: B sequences, T tokens.
+Letters: B sequences, T tokens, N tokens of all sequences that run a loop.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def _shape(node: fx.Node, module: nn.Module, known: tuple[str, ...]) -> tuple[st
     if sample is not None:
         return tuple(str(n) for n in sample.shape)
     out = getattr(module, "out_features", None) or getattr(module, "width", None)
-    return (*known[:-1], str(out)) if out else known
+    leads: tuple[str, ...] = getattr(module, "leads", known[:-1])
+    return (*leads, str(out)) if out else known
 
 
 def _dtypes(module: nn.Module) -> str:

@@ -6,7 +6,7 @@ Source: Mixture-of-Recursions, arXiv 2507.10524, section 2.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class Enter(Unit):
     """
 
     takes_step = True
+    leads: ClassVar[tuple[str, ...]] = ("1", "N")
+    """Letters of all but the last dimension of what comes out."""
 
     def __init__(
         self,
@@ -123,6 +125,8 @@ class Leave(Unit):
     """
 
     takes_step = True
+    leads: ClassVar[tuple[str, ...]] = ("B", "T")
+    """Letters of all but the last dimension of what comes out."""
 
     def __init__(
         self,

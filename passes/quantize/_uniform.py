@@ -54,7 +54,9 @@ class Uniform(Selects):
             "scale_dtype": _SCALES[self.scale],
         }
 
-    def targets(self, model: Model) -> dict[str, Self]:
+    def targets(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, model: Model
+    ) -> dict[str, Self]:
         """As `Selects` has them; what layers share beneath differences of their own in place of these."""
         held = shared(model)
         return {_beneath(model, path, held): method for path, method in super().targets(model).items()}

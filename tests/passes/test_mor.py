@@ -482,6 +482,8 @@ def test_it_shows_as_the_figure_does(tiny: Model) -> None:
     said = "\n".join(lines)
     assert "loop 1 of 2, 100% of tokens" in said
     assert "loop 2 of 2, 50% of tokens" in said
+    inside = [line for line in lines if line.startswith(("layers.1.mlp ", "layers.5.mlp "))]
+    assert ["[1, N, 32]" in line for line in inside] == [True, False]
     kinds = [line.split()[1] for line in lines[1:-1] if len(line.split()) > 1]
     assert kinds.count("Enter") == kinds.count("Leave") == 2
 
