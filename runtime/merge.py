@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from effc.compiler.rewrite import Edit, Rewriter
 from effc.compiler.roles import layer_of
 from effc.compiler.shapes import Array, Merge, Spot
 from effc.compiler.weights import LazyTensor, Stored
-from effc.runtime.pieces import Desk, InMemory, OnDisk, Run, finite, spans, write
+from effc.runtime.pieces import Desk, InMemory, OnDisk, Run, finite, not_finite, spans, write
 from effc.runtime.result_files import laid_out, lazy, sync
+from effc.runtime.stretches import NAMES, Stretches, can, instructions
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 UNIT = 256_000_000
@@ -99,10 +101,14 @@ class _Stream:
     keeper: ThreadPoolExecutor
     stack: ExitStack
     desks: threading.local = field(default_factory=threading.local)
+    rooms: threading.local = field(default_factory=threading.local)
     files: dict[Path, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.layout = {name: (tuple(t.shape), t.dtype) for name, t in self.models[0].tensors().items()}
+
     def run(self) -> dict[str, LazyTensor]:
-        layout = {name: (tuple(t.shape), t.dtype) for name, t in self.models[0].tensors().items()}
+        layout = self.layout
         homes, fresh = laid_out(self.folder, layout, self.context.names)
         known = self._survey(list(homes)) if self.method.rounds and self.method.over == "model" else None
         journal, kept, done = self.context.journal, None, 0
@@ -140,6 +146,9 @@ class _Stream:
         """What the pieces of some tensors say in one round, in their order."""
         for name in names:
             method = self._at(name)
+            if (stretches := self._stretches(name)) is not None:
+                yield from stretches.observe(number, known, self._aside)
+                continue
 
             def observe(piece: Piece, method: Merge = method) -> Array:
                 return method.observe(number, piece.parts, piece.base, known, piece.desk.spare)
@@ -156,6 +165,9 @@ class _Stream:
         settled = known
         descriptor = os.open(home.file, os.O_WRONLY)
         try:
+            if (stretches := self._stretches(name)) is not None:
+                stretches.write(descriptor, home.offset, settled, self._aside)
+                return
 
             def mix(piece: Piece) -> None:
                 spot = Spot(name, piece.start)
@@ -172,23 +184,46 @@ class _Stream:
 
     def _each(self, name: str, work: Callable[[Piece], Any]) -> Iterator[Any]:
         """Run `work` on every piece of a tensor, side by side; results in the order of the pieces."""
-        runs = [self._run(model, name) for model in self.models]
-        base = self._run(self.base, name) if self.base is not None else None
-        waiting: deque[Future[list[Any]]] = deque()
+        runs, base = self._runs(name)
 
         def some(cut: Sequence[tuple[int, int]]) -> list[Any]:
             return [work(self._piece(name, runs, base, span)) for span in cut]
 
+        cuts = spans(runs[0].size)
+        lots = (cuts[first : first + TOGETHER] for first in range(0, len(cuts), TOGETHER))
+        for found in self._aside(partial(some, lot) for lot in lots):
+            yield from found
+
+    def _stretches(self, name: str) -> Stretches | None:
+        """The tensor on its way through kernels, where there are some for it."""
+        runs, base = self._runs(name)
+        every, out = [*runs, base] if base is not None else runs, DTYPES[self.layout[name][1]]
+        method, isa = self._at(name), instructions()
+        if isa is None or not can(method, every, out):
+            return None
+
+        def lost(name: str, number: int) -> None:
+            not_finite(name, "the base" if number == len(runs) else f"model {number + 1} of {len(runs)}")
+
+        return Stretches(name, method, every, base is not None, NAMES[out], isa, self.rooms, lost)
+
+    def _aside(self, jobs: Iterable[Callable[[], Any]]) -> Iterator[Any]:
+        """Run them side by side; results in their order."""
+        waiting: deque[Future[Any]] = deque()
         try:
-            cuts = spans(runs[0].size)
-            for first in range(0, len(cuts), TOGETHER):
+            for job in jobs:
                 if len(waiting) == AHEAD:
-                    yield from waiting.popleft().result()
-                waiting.append(self.pool.submit(some, cuts[first : first + TOGETHER]))
+                    yield waiting.popleft().result()
+                waiting.append(self.pool.submit(job))
             while waiting:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         finally:
             wait(waiting)  # nobody writes to a file that is closed, or reads for a merge that failed
+
+    def _runs(self, name: str) -> tuple[list[Run], Run | None]:
+        """A tensor of every model, and of the base."""
+        runs = [self._run(model, name) for model in self.models]
+        return runs, self._run(self.base, name) if self.base is not None else None
 
     def _run(self, model: Model, name: str) -> Run:
         tensor = model.weights.get(name)
@@ -218,7 +253,7 @@ class _Stream:
             run.read(start, array, desk)
             if not finite(array):
                 which = "the base" if number > len(runs) else f"model {number} of {len(runs)}"
-                _not_finite(name, which)
+                not_finite(name, which)
             arrays.append(array)
         return Piece(arrays[: len(runs)], arrays[-1] if base is not None else None, start, desk)
 
@@ -261,14 +296,3 @@ def _result(first: Model, weights: Mapping[str, LazyTensor]) -> Model:
 
 def _once(problems: Sequence[Diagnostic]) -> list[Diagnostic]:
     return list({(item.code, item.title, *item.notes): item for item in problems}.values())
-
-
-def _not_finite(name: str, which: str) -> None:
-    raise EffcError(
-        Diagnostic(
-            "E456",
-            f"`{name}` holds a number that is not finite",
-            notes=(f"found in {which}",),
-            help="that checkpoint is damaged or its training diverged; leave it out",
-        )
-    )

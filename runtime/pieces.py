@@ -14,10 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from effc.specs.diagnostic import Diagnostic, EffcError
+
 Array = NDArray[Any]
 
 PIECE = 1 << 16
 """Numbers worked on at once: a handful of float32 arrays of 256 kB stay near the core."""
+TOGETHER = 2
+"""Pieces that a kernel takes at once: three inputs and a result of 256 kB in bfloat16 stay near the core, and
+what a call costs is little beside the work in it."""
 STRIP = 1 << 13
 """Numbers whose squares are added at once, few enough that no library starts threads for them."""
 
@@ -80,7 +85,7 @@ class OnDisk:
 
     def read(self, start: int, into: Array, desk: Desk) -> None:
         raw = into if self.dtype == "F32" else desk.raw(self.dtype)
-        _fill(self.descriptor, raw, self.offset + start * raw.itemsize)
+        fill(self.descriptor, raw, self.offset + start * raw.itemsize)
         if self.dtype == "BF16":
             bits = into.view(np.uint32)
             np.copyto(bits, raw)
@@ -103,7 +108,12 @@ class InMemory:
         np.copyto(into, self.numbers[start : start + into.size], casting="same_kind")
 
 
-def _fill(descriptor: int, raw: Array, offset: int) -> None:
+def fill(descriptor: int, raw: Array, offset: int) -> None:
+    """Read bytes from `offset` on until `raw` is full.
+
+    Raises:
+        EOFError: the file ends before.
+    """
     view = raw.data.cast("B")
     while view:
         got = os.preadv(descriptor, [view], offset)
@@ -128,6 +138,11 @@ def write(descriptor: int, offset: int, numbers: Array, dtype: str, desk: Desk) 
     elif dtype != "F32":
         raw = desk.raw(dtype)
         np.copyto(raw, numbers, casting="unsafe")
+    put(descriptor, raw, offset)
+
+
+def put(descriptor: int, raw: Array, offset: int) -> None:
+    """Write all bytes of `raw` from `offset` on."""
     view = raw.data.cast("B")
     while view:
         done = os.pwrite(descriptor, view, offset)
@@ -144,6 +159,28 @@ def finite(numbers: Array) -> bool:
     return bool(np.isfinite(numbers).all())
 
 
+def not_finite(name: str, which: str) -> None:
+    """Refuse a tensor of a model.
+
+    Raises:
+        EffcError: E456.
+    """
+    raise EffcError(
+        Diagnostic(
+            "E456",
+            f"`{name}` holds a number that is not finite",
+            notes=(f"found in {which}",),
+            help="that checkpoint is damaged or its training diverged; leave it out",
+        )
+    )
+
+
 def spans(size: int) -> list[tuple[int, int]]:
     """The pieces of a tensor of `size` numbers: (start, stop)."""
     return [(start, min(start + PIECE, size)) for start in range(0, size, PIECE)]
+
+
+def stretches(size: int) -> list[tuple[int, int]]:
+    """The same for what kernels take at once: a few pieces each."""
+    step = PIECE * TOGETHER
+    return [(start, min(start + step, size)) for start in range(0, size, step)]

@@ -42,8 +42,7 @@ def elected(changes: Sequence[Array], shares: Sequence[float], sign: Sign, spare
         if share != 1.0:
             one *= np.float32(share)
         count += one
-        if change is not total:
-            total += change
+        total += change if change is not total else np.float32(0)  # -0 becomes 0, and sums are never -0
     np.maximum(count, TINY, out=count)  # where nothing is kept, 0 / TINY
     total /= count
     bits = total.view(np.uint32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from hashlib import blake2b
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -13,16 +12,13 @@ from effc.compiler.contract import LOSSY, Contract, Fact
 from effc.compiler.method import ModelRef
 from effc.compiler.model import Model
 from effc.compiler.shapes import Array, Merge, Spare, Spot
+from effc.kernels.merge.asked import Mix
+from effc.kernels.merge.draws import ODDS, drawn
 from effc.passes.merge._elect import Sign, elected, wrong_votes
 from effc.passes.merge._weights import shares, wrong_weights
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 from effc.specs.units import Share
-
-ODDS = 1 << 16
-"""A number is drawn from this many; the density is rounded to as many steps."""
-DRAWN = 16
-"""Numbers of 16 bits that one count of the generator gives."""
 
 
 class DareTies(Merge):
@@ -67,28 +63,38 @@ class DareTies(Merge):
         wrong = wrong_weights(self.kind, self.weight, len(others))  # the base is one of the others
         return [*super().refuses(model, others), *wrong, *wrong_votes(self.kind, self.weight)]
 
+    def mix(self, models: int, known: Array) -> Mix:
+        below = self._below
+        return Mix(
+            shares(self.weight, models),
+            "elected" if self.sign == "sum" else "voted",
+            "drawn" if below < ODDS else "all",
+            below=below,
+            seed=self.seed,
+            scale=self.lambda_ / self._kept,
+        )
+
     def merge(
         self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot
     ) -> Array:
         assert base is not None
-        below = max(1, round(self.density * ODDS))
+        below = self._below
         for number, change in enumerate(parts):
             change -= base
             if below < ODDS:
                 change *= np.less(drawn(self.seed, number, spot, change.size), below)
-        kept = below / ODDS if self.rescale == "exact" else 1.0
         change = elected(parts, shares(self.weight, len(parts)), self.sign, spare)
-        if self.lambda_ != kept:
-            change *= np.float32(self.lambda_ / kept)
+        if self.lambda_ != self._kept:
+            change *= np.float32(self.lambda_ / self._kept)
         change += base
         return change
 
+    @property
+    def _below(self) -> int:
+        """What a draw must stay below: the density in steps of 1 / ODDS."""
+        return max(1, round(self.density * ODDS))
 
-def drawn(seed: int, model: int, spot: Spot, size: int) -> Array:
-    """[size] uint16, each value as likely: the draws from `spot` on, the same however a tensor is cut."""
-    word = blake2b(f"{seed} {model} {spot.tensor}".encode(), digest_size=16).digest()
-    count, before = divmod(spot.start, DRAWN)
-    stream = np.random.Philox(key=int.from_bytes(word, "little"), counter=count)
-    words = stream.random_raw(-(-(before + size) // 4))
-    found: Array = words.astype("<u8", copy=False).view("<u2")[before : before + size]
-    return found
+    @property
+    def _kept(self) -> float:
+        """What changes that are kept are divided by."""
+        return self._below / ODDS if self.rescale == "exact" else 1.0

@@ -10,6 +10,7 @@ from pydantic import Field
 from effc.compiler.contract import LOSSY, Contract
 from effc.compiler.model import Model
 from effc.compiler.shapes import Array, Merge, Spare, Spot
+from effc.kernels.merge.asked import Mix
 from effc.passes.merge._weights import shares, wrong_weights
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
@@ -44,6 +45,9 @@ class Linear(Merge):
 
     def shares(self, models: int) -> Sequence[float]:
         return shares(self.weight, models, self.normalize)
+
+    def mix(self, models: int, known: Array) -> Mix:
+        return Mix(shares(self.weight, models, self.normalize))
 
     def merge(
         self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot

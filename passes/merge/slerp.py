@@ -11,10 +11,9 @@ from pydantic import Field
 
 from effc.compiler.contract import LOSSY, Contract, Fact
 from effc.compiler.shapes import Array, Merge, Spare, Spot
+from effc.kernels.merge.asked import Look, Mix
+from effc.kernels.merge.reference import DOT_LANES
 from effc.specs.paper import FOLKLORE
-
-STRIP = 1 << 10
-"""Numbers whose products are added in float32; their sums are added in float64."""
 
 
 class Slerp(Merge):
@@ -45,7 +44,11 @@ class Slerp(Merge):
     ) -> Array:
         """[3]: a.a, a.b, b.b in float64"""
         a, b = parts
-        return np.array([_dot(a, a), _dot(a, b), _dot(b, b)])
+        products = spare(np.float64)
+        return np.array([_dot(x, y, products) for x, y in ((a, a), (a, b), (b, b))])
+
+    def look(self, number: int, known: Array) -> Look:
+        return Look("dots")
 
     def settle(self, number: int, seen: Iterable[Array], known: Array) -> Array:
         """[2]: the factors of a and b"""
@@ -57,6 +60,9 @@ class Slerp(Merge):
         angle = acos(cosine)
         return np.array([sin((1.0 - self.t) * angle), sin(self.t * angle)]) / sin(angle)
 
+    def mix(self, models: int, known: Array) -> Mix:
+        return Mix(known.tolist())
+
     def merge(
         self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot
     ) -> Array:
@@ -67,8 +73,13 @@ class Slerp(Merge):
         return a
 
 
-def _dot(a: Array, b: Array) -> float:
-    """a.b of float32 [N], without a float64 copy."""
-    even = a.size - a.size % STRIP
-    strips = np.vecdot(a[:even].reshape(-1, STRIP), b[:even].reshape(-1, STRIP))
-    return float(strips.sum(dtype=np.float64)) + float(np.dot(a[even:], b[even:]))
+def _dot(a: Array, b: Array, products: Array) -> float:
+    """a.b of float32 [N] in float64, where products of theirs are exact; `products` [N] is overwritten.
+
+    Number i goes to the sum i % DOT_LANES, in order; then the sums are added, in order. C does the same.
+    """
+    np.multiply(a, b, out=products, dtype=np.float64)
+    even = a.size - a.size % DOT_LANES
+    lanes = np.add.reduce(products[:even].reshape(-1, DOT_LANES), axis=0)
+    lanes[: a.size - even] += products[even:]
+    return float(np.add.accumulate(lanes)[-1])

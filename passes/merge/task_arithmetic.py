@@ -12,6 +12,7 @@ from effc.compiler.contract import LOSSY, Contract
 from effc.compiler.method import ModelRef
 from effc.compiler.model import Model
 from effc.compiler.shapes import Array, Merge, Spare, Spot
+from effc.kernels.merge.asked import Mix
 from effc.passes.merge._weights import shares, wrong_weights
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
@@ -75,6 +76,9 @@ class TaskArithmetic(Merge):
 
     def shares(self, models: int) -> Sequence[float]:
         return [share * self.lambda_ for share in shares(self.weight, models)]
+
+    def mix(self, models: int, known: Array) -> Mix:
+        return Mix(self.shares(models))
 
     def merge(
         self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot

@@ -12,14 +12,14 @@ from effc.compiler.contract import LOSSY, Contract, Fact
 from effc.compiler.method import ModelRef
 from effc.compiler.model import Model
 from effc.compiler.shapes import Array, Merge, Spare, Spot
+from effc.kernels.merge.asked import Look, Mix
+from effc.kernels.merge.counts import HIGH
 from effc.passes.merge._elect import Sign, elected, wrong_votes
 from effc.passes.merge._weights import shares, wrong_weights
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 from effc.specs.units import Share
 
-HIGH = 1 << 15
-"""Bins of the first round: sign dropped, exponent and the upper 7 bits of the mantissa of a float32."""
 LOW = 1 << 16
 """Bins of the second round: the lower 16 bits of the mantissa, within one bin of the first."""
 
@@ -82,6 +82,9 @@ class Ties(Merge):
         rows = [_within(_bits(part, base), int(high)) for part, (high, _) in zip(parts, known, strict=True)]
         return np.concatenate([np.array([row.size for row in rows], np.uint32), *rows])
 
+    def look(self, number: int, known: Array) -> Look:
+        return Look("upper") if number == 0 else Look("lower", known[:, 0].tolist())
+
     def settle(self, number: int, seen: Iterable[Array], known: Array) -> Array:
         """Round 0: [K, 2] the bin of each threshold, entries kept inside it; round 1: [K] the thresholds."""
         if number == 0:
@@ -97,6 +100,15 @@ class Ties(Merge):
         low = [_bin_of(row, count)[0] for row, (_, count) in zip(total, known, strict=True)]
         bits: Array = ((known[:, 0] << 16) | np.array(low)).astype(np.uint32)
         return bits.view(np.float32)
+
+    def mix(self, models: int, known: Array) -> Mix:
+        return Mix(
+            shares(self.weight, models),
+            "elected" if self.sign == "sum" else "voted",
+            "above",
+            known.tolist(),
+            scale=self.lambda_,
+        )
 
     def merge(
         self, parts: Sequence[Array], base: Array | None, known: Array, spare: Spare, spot: Spot

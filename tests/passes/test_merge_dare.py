@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from effc.compiler.model import Model
 from effc.compiler.shapes import Spot
-from effc.passes.merge.dare_ties import DareTies, drawn
+from effc.kernels.merge.draws import drawn
+from effc.passes.merge.dare_ties import DareTies
 from effc.passes.merge.ties import Ties
 from tests.claims import Measured
 
