@@ -4,8 +4,10 @@
 
 Says "@ {...}" once it is ready: its version, and what more there is to know. Then every line
 `batch prompt new` on stdin is one run, answered by a line "@ {...}" with the seconds of `prefill` and of a
-`step`, and the processor seconds (`work`) of a step. NAME is one of CONTENDERS and its setting, as in
-`effc:4`; FOLDER has the layout of Hugging Face, and beside it lie FOLDER.q4_0.gguf and FOLDER.q8_0.gguf.
+`step`, and the processor seconds (`work`) of a step. The line `loss` is answered by the mean surprise, in
+nats a token, of the sequences in FOLDER.held.json, read token by token as a decoder reads. NAME is one of
+CONTENDERS and its setting, as in `effc:4`; FOLDER has the layout of Hugging Face, and beside it lie
+FOLDER.q4_0.gguf and FOLDER.q8_0.gguf. `last` of a contender holds the last logits [B, V].
 Imports nothing that its contender does not need.
 """
 
@@ -18,13 +20,14 @@ import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 Ids = list[list[int]]
 
 
 class Effc:
-    """The generated C program. Setting: float32, bfloat16, 4 or 8 (bits; groups of 64, head of 8 bits)."""
+    """The generated C program. Setting: float32, bfloat16, or bits (groups of 64, or as 4g32; head of 8)."""
 
     def __init__(self, setting: str, folder: str, threads: int) -> None:
         import torch
@@ -37,23 +40,29 @@ class Effc:
 
         torch.set_num_threads(threads)
         model = load(folder, dtype={"float32": "fp32", "bfloat16": "bf16"}.get(setting)).materialize()
-        if setting.isdigit():
+        bits, _, group = setting.partition("g")
+        if bits.isdigit():
             rewriter = Rewriter(model)
             head = {"on": "head", "bits": 8}
-            RTN(bits=int(setting), group=64, rules=[head]).rewrite(rewriter)
+            RTN.model_validate({"bits": int(bits), "group": int(group or 64), "rules": [head]}).rewrite(
+                rewriter
+            )
             model = rewriter.done()
         self.ready, self.decoder = ready(model, None, threads), ProgramDecoder
         self.vocab = self.ready.lowered.plan.vocab
         self.about = {"bytes": bytes_per_token(self.ready)}
+        self.last: Any = None
 
     def prefill(self, ids: Ids, longest: int) -> Any:
         import torch
 
         self.engine = self.decoder(self.ready, len(ids), longest)
-        return self.engine.prefill(torch.tensor(ids), None).argmax(-1)
+        self.last = self.engine.prefill(torch.tensor(ids), None)
+        return self.engine.likeliest()
 
     def step(self, tokens: Any) -> Any:
-        return self.engine.next(tokens).argmax(-1)
+        self.last = self.engine.next(tokens)
+        return self.engine.likeliest()
 
 
 class Transformers:
@@ -69,7 +78,11 @@ class Transformers:
         if setting == "int8":
             self.model = torch.ao.quantization.quantize_dynamic(self.model, {torch.nn.Linear})
         self.vocab = self.model.config.vocab_size
-        self.about = {"version": f"transformers {transformers.__version__}"}
+        self.about: dict[str, Any] = {"version": f"transformers {transformers.__version__}"}
+        if setting in ("float32", "bfloat16"):
+            read = {id(m.weight): m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear)}
+            self.about["bytes"] = sum(w.numel() * w.element_size() for w in read.values())
+        self.last: Any = None
 
     def load(self, transformers: Any, setting: str, folder: str, dtype: Any) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -84,18 +97,22 @@ class Transformers:
         tokens = tokens[:, None] if tokens.ndim == 1 else tokens
         out = self.model(input_ids=tokens, past_key_values=self.past, use_cache=True, logits_to_keep=1)
         self.past = out.past_key_values
-        return out.logits[:, -1].argmax(-1)
+        self.last = out.logits[:, -1]
+        return self.last.argmax(-1)
 
 
 class Torchao(Transformers):
-    """Setting: int8 (weights alone) or int8-dynamic."""
+    """Setting: int8 or int4 (weights alone), or dynamic8."""
 
     def load(self, transformers: Any, setting: str, folder: str, dtype: Any) -> Any:
         ao: Any = import_module("torchao.quantization")
         model = super().load(transformers, "", folder, dtype)
-        dynamic = setting == "dynamic8"
-        made = ao.Int8DynamicActivationInt8WeightConfig() if dynamic else ao.Int8WeightOnlyConfig()
-        ao.quantize_(model, made)
+        forms = {
+            "int8": "Int8WeightOnlyConfig",
+            "int4": "Int4WeightOnlyConfig",
+            "dynamic8": "Int8DynamicActivationInt8WeightConfig",
+        }
+        ao.quantize_(model, getattr(ao, forms[setting])())
         return model
 
 
@@ -148,7 +165,8 @@ class LlamaCpp:
             raise SystemExit(f"llama.cpp does not load {path}")
         self.vocab = self.c.llama_vocab_n_tokens(self.c.llama_model_get_vocab(self.model))
         self.context: Any = None
-        self.about = {"version": f"llama-cpp-python {llama_cpp.__version__}"}
+        self.about = {"version": f"llama-cpp-python {llama_cpp.__version__}", "bytes": read_of(path)}
+        self.last: list[Any] = []
 
     def prefill(self, ids: Ids, longest: int) -> Any:
         if self.context is not None:
@@ -161,8 +179,8 @@ class LlamaCpp:
         self.at = 0
         return self._decode(ids)
 
-    def step(self, tokens: list[int]) -> Any:
-        return self._decode([[token] for token in tokens])
+    def step(self, tokens: Any) -> Any:
+        return self._decode([[int(token)] for token in tokens])
 
     def _decode(self, ids: Ids) -> list[int]:
         count, length = len(ids) * len(ids[0]), len(ids[0])
@@ -178,15 +196,25 @@ class LlamaCpp:
         if self.c.llama_decode(self.context, batch):
             raise SystemExit("llama.cpp refuses the batch")
         self.at += length
-        tokens = [self._likeliest(self.c.llama_get_logits_ith(self.context, i)) for i in lasts]
+        self.last = [self._row(self.c.llama_get_logits_ith(self.context, i)) for i in lasts]
         self.c.llama_batch_free(batch)
-        return tokens
+        return [int(row.argmax()) for row in self.last]
 
-    def _likeliest(self, logits: Any) -> int:
+    def _row(self, logits: Any) -> Any:
         import numpy as np
 
         place = ctypes.addressof(logits.contents)
-        return int(np.ctypeslib.as_array((ctypes.c_float * self.vocab).from_address(place)).argmax())
+        return np.ctypeslib.as_array((ctypes.c_float * self.vocab).from_address(place))
+
+
+def read_of(path: str) -> int:
+    """Bytes of a GGUF file that a token reads: all tensors, of the table of tokens only a head's own."""
+    from gguf import GGUFReader
+
+    sizes = {str(t.name): int(t.n_bytes) for t in GGUFReader(path).tensors}
+    if "output.weight" in sizes:
+        sizes.pop("token_embd.weight")
+    return sum(sizes.values())
 
 
 CONTENDERS: dict[str, Callable[[str, str, int], Any]] = {
@@ -214,6 +242,34 @@ def timed(contender: Any, batch: int, prompt: int, new: int) -> dict[str, float]
     return {"prefill": read - start, "step": step, "work": work}
 
 
+def surprise(contender: Any, ids: Ids) -> float:
+    """Mean nats a token of sequences of one length, each token behind those before it."""
+    import numpy as np
+
+    contender.prefill([row[:1] for row in ids], len(ids[0]))
+    total = 0.0
+    for place in range(1, len(ids[0])):
+        logits = contender.last
+        rows = np.stack([np.asarray(row, dtype=np.float64) for row in _plain(logits)])
+        rows -= rows.max(-1, keepdims=True)
+        next_ones = [row[place] for row in ids]
+        total += float((np.log(np.exp(rows).sum(-1)) - rows[range(len(ids)), next_ones]).sum())
+        contender.step(_as_tokens(logits, next_ones))
+    return total / (len(ids) * (len(ids[0]) - 1))
+
+
+def _plain(logits: Any) -> Any:
+    return logits if isinstance(logits, list) else logits.float().numpy()
+
+
+def _as_tokens(logits: Any, tokens: list[int]) -> Any:
+    if isinstance(logits, list):
+        return tokens
+    import torch
+
+    return torch.tensor(tokens)
+
+
 def main() -> None:
     name, folder, threads = sys.argv[1:]
     kind, _, setting = name.partition(":")
@@ -226,6 +282,10 @@ def main() -> None:
         inference = torch.inference_mode()
         inference.__enter__()
     for line in sys.stdin:
+        if line.strip() == "loss":
+            held = json.loads(Path(f"{folder}.held.json").read_text())
+            print("@", json.dumps({"loss": surprise(contender, held)}), flush=True)
+            continue
         print("@", json.dumps(timed(contender, *map(int, line.split()))), flush=True)
 
 
