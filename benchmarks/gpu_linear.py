@@ -68,6 +68,15 @@ def bytes_of(n: int, k: int, **fields: Any) -> tuple[Any, dict[str, Any]]:
     return spec, {"words": words, "scales": torch.rand(spec.groups(k), n, device="cuda") * 0.01, "n": n}
 
 
+def half(n: int, k: int) -> tuple[Any, dict[str, Any]]:
+    """A spec for two of four columns, and random tensors for its kernel."""
+    from effc.kernels.sparse_linear.spec_gpu import TwoOfFourSpec, padded
+
+    values = torch.randn(n, padded(k) // 2, device="cuda").bfloat16().view(torch.int32)
+    places = torch.full((n, padded(k) // 32), 0x5A39635A, dtype=torch.int32, device="cuda")
+    return TwoOfFourSpec(), {"values": values, "places": places, "n": n, "ordered": True}
+
+
 OURS = {
     "effc W4A16 g128": lambda n, k: bits(n, k, 4, 128),
     "effc W8A16": lambda n, k: bits(n, k, 8, 128),
@@ -76,6 +85,7 @@ OURS = {
     "effc W4A8 g128": lambda n, k: bytes_of(n, k, bits=4, group=128),
     "effc W8A8 int8": lambda n, k: bytes_of(n, k),
     "effc W8A8 float8": lambda n, k: bytes_of(n, k, kind="float8"),
+    "effc 2:4 bfloat16": half,
 }
 
 
@@ -84,14 +94,16 @@ def ours(name: str, tune: bool, m: int, n: int, k: int) -> Iterator[tuple[str, f
     from effc.kernels.byte_linear import emit_triton as of_bytes
     from effc.kernels.gpu.load import load
     from effc.kernels.quant_linear import emit_triton as of_bits
+    from effc.kernels.sparse_linear import emit_triton as of_half
 
+    emitter: Any = of_bytes if "A8" in name else of_half if "2:4" in name else of_bits
     spec, first = OURS[name](n, k)
-    module = load((of_bytes if "A8" in name else of_bits).emit(spec))
+    module = load(emitter.emit(spec))
     count = copies(spec.bytes(n, k))
     sets = [first, *(OURS[name](n, k)[1] for _ in range(count - 1))]
     x = torch.randn(m, k, device="cuda").bfloat16()
     # A norm before gives the sums; their pass is not this kernel's.
-    more = {"xsum": module.sums(x)} if "A8" not in name and spec.sums else {}
+    more = {"xsum": module.sums(x)} if emitter is of_bits and spec.sums else {}
     tiles = [module.pick(m)]
     if tune:
         tiles += [
@@ -217,10 +229,11 @@ def check() -> None:
     from effc.kernels.byte_linear import gpu as of_bytes
     from effc.kernels.grouped_linear import gpu as of_experts
     from effc.kernels.quant_linear import gpu as of_bits
+    from effc.kernels.sparse_linear import gpu as of_half
 
     some = (
         *((of_bits, {"bits": b, "group": 128, "symmetric": b == 8}) for b in (2, 3, 4, 8)),
-        (of_bytes, {"bits": 4, "group": 128}), (of_bytes, {}), (of_bytes, {"kind": "float8"}),
+        (of_bytes, {"bits": 4, "group": 128}), (of_bytes, {}), (of_bytes, {"kind": "float8"}), (of_half, {}),
         (of_experts, {"experts": 5, "active": 2}),
         (of_experts, {"experts": 5, "active": 2, "bits": 4, "group": 128}),
     )  # fmt: skip
