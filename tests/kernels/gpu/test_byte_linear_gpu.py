@@ -35,10 +35,7 @@ SPECS = (
     ByteLinearSpec(kind="float8", group=64, columns=64, tiles=PAIR[:1]),
 )
 SUBJECT = SPECS[1]
-GOLDEN = (
-    ByteLinearSpec(bits=4, group=128, tiles=TILES[:1]),
-    ByteLinearSpec(kind="float8", tiles=TILES[2:]),
-)
+GOLDEN = (ByteLinearSpec(bits=4, group=128, tiles=TILES[:1]),)
 LIMITS = {4: 2.4, 8: 1.2}
 """Instructions a weight at 16 rows and 128 channels, symmetric and a run to a turn: fewer than with bfloat16
 rows, 3.3 and 4.1, because one instruction unpacks four codes of 4 bits and none those of 8."""

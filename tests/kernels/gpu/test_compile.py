@@ -30,7 +30,6 @@ PART = (
     WeightOnlySpec(bits=4, group=32, tiles=TILES[:1]),
     WeightOnlySpec(bits=8, group=128, tiles=TILES[:1]),
     WeightOnlySpec(bits=2, group=64, symmetric=False, tiles=TILES[:1]),
-    WeightOnlySpec(bits=3, group=128, tiles=TILES[:1]),
 )
 LIMITS = {2: 3.7, 3: 4.1, 4: 3.3, 8: 4.4}
 """Instructions a weight at 16 rows and 128 channels where a run fills a turn, by bits. At 132 multiprocessors
