@@ -53,7 +53,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
         x, a, b, ordered, inner, bits, before, order = ctx.saved_tensors
         dy = dy.contiguous()
         module, outer = load(emit(ctx.spec)), dy @ b * ctx.factor

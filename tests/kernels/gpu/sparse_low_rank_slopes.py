@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 
@@ -27,7 +28,9 @@ def main() -> dict[str, float]:
         support = pack(places, 64, 128)
         y = linear(spec, given["x"], given["a"], given["b"], given["values"], support, 0.5)
         y.float().square().mean().backward()
-    found = {name: (t.grad, wide[name].grad) for name, t in given.items()} | {"y": (y.detach(), due.detach())}
+    found: dict[str, Any] = {name: (t.grad, wide[name].grad) for name, t in given.items()} | {
+        "y": (y.detach(), due.detach())
+    }
     return {n: float((a.double() - b).abs().max() / b.abs().max()) for n, (a, b) in found.items()}
 
 
