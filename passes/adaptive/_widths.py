@@ -136,16 +136,17 @@ def cut(rw: Rewriter, config: Config, encoder: int) -> None:
 
 
 def _narrow(old: Attention | MLP, width: float) -> Attention | MLP:
-    given = {name: value for name, value in old.spec().items() if name != "type"}
+    given: dict[str, Any] = {name: value for name, value in old.spec().items() if name != "type"}
     count = kept(old, width)
     if isinstance(old, MLP):
         rows = {"gate": count, "up": count, "down": None}
-        new: Attention | MLP = MLP(**given | {"hidden": count})
+        given["hidden"] = count
+        new: Attention | MLP = MLP(**given)
     else:
         keys = count // (old.heads // old.kv_heads)
         rows = {"q": count, "k": keys, "v": keys, "o": None}
-        heads = {"heads": count // old.head_dim, "kv_heads": keys // old.head_dim}
-        new = Attention(**given | heads)
+        given["heads"], given["kv_heads"] = count // old.head_dim, keys // old.head_dim
+        new = Attention(**given)
     for name, child in old.named_children():
         if name not in rows:  # norms of a head serve all heads
             new._modules[name] = child

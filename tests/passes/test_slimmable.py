@@ -20,6 +20,7 @@ from effc.passes.adaptive.slimmable import Slimmable
 from effc.passes.quantize.rtn import RTN
 from effc.passes.tie.recursive import Recursive
 from effc.runtime.fit import fit
+from effc.runtime.generate import generate
 from effc.runtime.stage import run_stage
 from effc.specs.recipe import Ref
 from tests.compiler.conftest import DECODERS, fill
@@ -53,7 +54,7 @@ def test_what_is_cut_out_is_what_was_masked(family: Model, config: tuple[float, 
     assert float((masked - outputs(family, IDS)).abs().max()) > 1e-3
     assert count(narrow).params < count(family).params
     assert {type(u) for p, u in narrow.units() if p.endswith((".mlp", ".attention"))} == {MLP, Attention}
-    assert narrow.generate(IDS, max_new_tokens=3).shape == (3, 12)
+    assert generate(narrow, IDS, max_new_tokens=3).shape == (3, 12)
 
 
 def test_the_whole_model_is_a_width_of_its_own(family: Model) -> None:
