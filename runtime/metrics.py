@@ -2,7 +2,8 @@
 
 `bytes` is the payload of the tensors as the artefact stores them: packed codes, scales, zeros; a tied tensor
 once. `params` counts logical weights, so packing changes bytes and not params. `flops` is the forward work
-of one token at the planner's mean attention length, `spent` what of it was really done; `kv_bytes(T)` the cache of one sequence of T tokens.
+of one token at the planner's mean attention length, `spent` what of it was really done; `kv_bytes(T)` the
+cache of one sequence of T tokens.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ def cases(spec: BinaryPlanesSpec) -> Iterator[Case]:
         more = {name: torch.randn(shapes[name], generator=dice) for name in operands(spec.epilogue)}
         given: dict[str, Argument] = {"x": x, "words": words, "scales": laid}
         given |= {"tables": torch.empty(table_numbers(spec, runs, k)), "y": torch.empty(m, n)}
-        given |= {"M": m, "N": n, "K": k, "runs": runs} | more
+        given |= {"M": m, "N": n, "K": k, "runs": runs}
+        given |= more
         due = reference(spec, x, signs, scales, more)
         yield Case(f"[{m}, {k}] times [{n}, {k}]", given, {"y": due}, 4e-6, ("tables",))

@@ -37,9 +37,7 @@ def empty(spec: CachedAttentionSpec, slots: int, keys: int) -> Cache:
     dtype, head = _DTYPES[spec.cell], (slots, spec.kv_heads)
     whole = room(spec.bytes(slots, keys)).view(dtype)
     both = whole.split([slots * spec.kv_heads * keys * width for width in (spec.head_dim, spec.padded)])
-    return Cache(
-        both[0].view(*head, keys // 16, spec.head_dim, 16), both[1].view(*head, keys, spec.padded)
-    )
+    return Cache(both[0].view(*head, keys // 16, spec.head_dim, 16), both[1].view(*head, keys, spec.padded))
 
 
 def plain(spec: CachedAttentionSpec, cache: Cache) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ triangular with inv(H) = U^T U (passes/quantize/_solve.py).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -162,4 +163,4 @@ def solve(w: Tensor, u: Tensor | None, form: Form, order: Tensor | None) -> tupl
 def score(w: Tensor, u: Tensor) -> float:
     """How much a matrix suffers from few bits: ||V||_F std(V)^2 of V = |W| / diag U, per root of its size."""
     v = w / u.diagonal()
-    return float(v.norm() * v.std() ** 2) / w.numel() ** 0.5
+    return float(v.norm()) * float(v.std()) ** 2 / math.sqrt(w.numel())

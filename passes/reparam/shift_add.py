@@ -151,12 +151,13 @@ class ShiftAdd(Selects, Calibrate):
                 )
                 return
             whole, word = (rows, "rows") if method.layout == "column" else (columns, "columns")
-            if isinstance(method.group, int) and whole % method.group:
+            group = method.group
+            if isinstance(group, int) and whole % group:
                 fits = [n for n in range(1, whole + 1) if whole % n == 0]
-                near = sorted(sorted(fits, key=lambda n: abs(n - method.group))[:3])
+                near = sorted(n for _, n in sorted((abs(n - group), n) for n in fits)[:3])
                 yield Diagnostic(
                     "E321",
-                    f"groups of {method.group} do not divide the {whole} {word} of {path}",
+                    f"groups of {group} do not divide the {whole} {word} of {path}",
                     help=f"use {', '.join(map(str, near))} or all",
                     about="group",
                 )

@@ -298,6 +298,7 @@ def test_a_stopped_packing_of_shared_layers_goes_on() -> None:
     assert again.done().ties() == rw.done().ties()
     assert torch.equal(outputs(again.done(), IDS), outputs(rw.done(), IDS))
 
+
 def test_energy_takes_the_least_rank_that_holds_it() -> None:
     s = torch.tensor([3.0, 2.0, 1.0, 1.0])  # squares 9, 4, 1, 1 of 15
     assert [Energy(share=share).of(s) for share in (0.5, 0.6, 0.61, 13 / 15, 0.9, 14 / 15, 0.99)] == [
