@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from effc.compiler.model import Model
-from effc.compiler.sharing import cloned, put
+from effc.compiler.sharing import cloned, owned, put
 from effc.compiler.step import Step
 from effc.compiler.weights import LazyTensor
 
@@ -54,17 +54,24 @@ def known(model: Model, path: str) -> bool:
     return all(ties.get(f"{path}.{n}", f"{path}.{n}") in model.weights for n in absent)
 
 
-def loaded(model: Model, path: str) -> nn.Module:
-    """The module at a path with its weights in memory, for reading; the model itself stays as it is."""
+def loaded(model: Model, path: str, sources: Mapping[int, LazyTensor] | None = None) -> nn.Module:
+    """The module at a path with its weights in memory, for reading; the model itself stays as it is.
+
+    `sources`, by the identity of tensors, go before the model's own, whose names may lag behind an edit.
+    """
     module = model.module(path)
-    names = [n for n, t in (*module.named_parameters(), *module.named_buffers()) if t.is_meta]
-    if not names:
+    places: dict[int, list[str]] = {}  # one tensor may have several names, within a block too
+    for name, tensor in owned(module, once=False):
+        if tensor.is_meta:
+            places.setdefault(id(tensor), []).append(name)
+    if not places:
         return module
-    ties = model.ties()
+    given, ties = sources or {}, model.ties()
     own = cloned(module, {})
-    for name in names:
-        source: LazyTensor = model.weights[ties.get(f"{path}.{name}", f"{path}.{name}")]
-        put(cast(fx.GraphModule, own), [name], source.read())
+    for key, names in places.items():
+        first = f"{path}.{names[0]}"
+        source = given[key] if key in given else model.weights[ties.get(first, first)]
+        put(own, names, source.read())
     return own
 
 

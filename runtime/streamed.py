@@ -17,6 +17,7 @@ from effc.compiler.books import Known
 from effc.compiler.model import Model
 from effc.compiler.presence import loaded
 from effc.compiler.rewrite import Rewriter
+from effc.compiler.sharing import owned
 from effc.compiler.weights import LazyTensor, Stored
 from effc.runtime import durable
 from effc.runtime.durable import refused
@@ -43,9 +44,20 @@ class StreamedRewriter(Rewriter):
         """The same, as the books have it: identity of a stand-in -> (its source, no former name)."""
 
     def present(self, path: str) -> Any:
-        module = loaded(self.model, path)
+        module = loaded(self.model, path, self._moved(path))
         self._pass(sum(t.numel() * t.element_size() for t in module.parameters() if not t.is_meta))
         return module
+
+    def _moved(self, path: str) -> dict[int, LazyTensor]:
+        """Sources of the tensors below a path while swaps are not booked yet.
+
+        The first that held a tensor may be gone, so that another name owns it than the model's sources say.
+        """
+        if self._held is None:
+            return {}
+        books = self._held | self._sources
+        ids = [id(tensor) for _, tensor in owned(self.model.module(path))]
+        return {key: books[key][0] for key in ids if key in books and books[key][0] is not None}
 
     def write(self, path: str, name: str, tensor: Tensor, detail: str = "") -> None:
         super().write(path, name, tensor, detail)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,12 +11,14 @@ import torch
 from effc.compiler.facts import facts_of
 from effc.compiler.method import Context
 from effc.compiler.model import Model
-from effc.compiler.presence import computed_each
+from effc.compiler.presence import computed, computed_each, loaded
 from effc.compiler.probe import broken, probe
 from effc.compiler.shapes import Rewrite
+from effc.compiler.sharing import owned
 from effc.compiler.weights import resident
 from effc.passes.prune.magnitude import Magnitude
 from effc.passes.quantize.rtn import RTN
+from effc.passes.reparam.hashed import Hashed
 from effc.runtime import evaluate
 from effc.runtime.data.choices import Question
 from effc.runtime.evaluate import likelihoods, loss
@@ -45,6 +49,19 @@ def test_each_input_gets_its_own_answer(model: Model) -> None:
     assert all(torch.equal(logits, model(some)) for some, logits in zip(ids, found, strict=True))
     assert 0 < books.most <= largest_blocks(model)
     assert books.now == 0
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_tensor_that_a_block_holds_twice_is_in_both_places(dtype: torch.dtype | None) -> None:
+    """All matrices read one array: each has it in memory, not only the first of its block."""
+    shared = rewrite(Hashed(keep=0.25), filled(blank(layers=2)), Context()).model
+    lazy, ids = _on_disk(shared), torch.arange(12).view(2, 6)
+    want = shared.clone().to(dtype)(ids) if dtype else shared(ids)
+    assert torch.equal(computed(lazy, ids, dtype), want)
+    block: Any = loaded(lazy, "layers.1.attention")
+    assert not any(tensor.is_meta for _, tensor in owned(block, once=False))
+    assert block.q.pool is block.o.pool
+    assert block.q.scales is block.k.scales
 
 
 def test_losses_of_a_model_on_disk(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ from effc.compiler.weights import resident
 from effc.passes.adapt.fold import Fold
 from effc.passes.prune.magnitude import Magnitude
 from effc.passes.quantize.rtn import RTN
+from effc.passes.reparam.dense import Dense
+from effc.passes.reparam.hashed import Hashed
 from effc.passes.tie.recursive import Recursive
 from effc.runtime.rewriting import rewrite
 from effc.specs.select import Rule
@@ -60,7 +62,16 @@ def adapted() -> Model:
     return rw.done()
 
 
-MODELS = {**{name: (method, tiny) for name, method in METHODS.items()}, "folded": (Fold(), adapted)}
+def hashed() -> Model:
+    """A model whose matrices share one array: its owner changes with every matrix that is written out."""
+    return rewrite(Hashed(keep=0.1, init="project"), tiny(), Context()).model
+
+
+MODELS = {
+    **{name: (method, tiny) for name, method in METHODS.items()},
+    "folded": (Fold(), adapted),
+    "written out": (Dense(), hashed),
+}
 
 
 @pytest.mark.parametrize(("method", "model"), MODELS.values(), ids=MODELS)
