@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from effc import HOMES
+from effc.runtime.read_sources import ReadSources, Stamp
 from effc.specs import plugins
 
 PACKAGE = "effc"
@@ -32,6 +33,7 @@ def fingerprint(modules: Sequence[str], docstrings: bool = True) -> str:
     digest = sha256()
     for module in closure(modules):
         digest.update(f"{module} {_digest(*_stamp(_file(module)), docstrings)}\n".encode())
+    _read().keep()
     return digest.hexdigest()
 
 
@@ -45,11 +47,13 @@ def closure(modules: Sequence[str]) -> list[str]:
         if source(module) is None:
             raise ModuleNotFoundError(f"{module} has no source file", name=module)
     found: set[str] = set()
+    exists: dict[str, bool] = {}
     todo = list(modules)
     while todo:
         if (module := todo.pop()) not in found:
             found.add(module)
-            todo += _needs(module, *_stamp(_file(module)))
+            todo += _needs(module, exists)
+    _read().keep()
     return sorted(found)
 
 
@@ -85,10 +89,15 @@ def _file(module: str) -> Path:
     return found
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def _stamp(path: Path) -> Stamp:
     """What changes when a file is edited."""
     stat = os.stat(path)
     return str(path), stat.st_mtime_ns, stat.st_size
+
+
+@cache
+def _read() -> ReadSources:
+    return ReadSources(_stamp(Path(__file__)))
 
 
 @cache
@@ -98,9 +107,14 @@ def _tree(path: str, changed: int, size: int) -> ast.Module:
 
 @cache
 def _digest(path: str, changed: int, size: int, docstrings: bool) -> str:
+    stamp, what = (path, changed, size), "whole" if docstrings else "bare"
+    if (known := _read().get(stamp, what)) is not None:
+        return str(known)
     tree = _tree(path, changed, size)
     text = ast.dump(tree if docstrings else _bare(Path(path).read_bytes()))
-    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    digest = sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    _read().put(stamp, what, digest)
+    return digest
 
 
 def _bare(text: bytes) -> ast.Module:
@@ -120,20 +134,33 @@ def _is_text(statement: ast.stmt) -> bool:
     )
 
 
+def _needs(module: str, exists: dict[str, bool]) -> list[str]:
+    """Modules inside effc that a module imports, packages on the way to them included.
+
+    `exists` holds what is known of names in this walk: a name may be a module today and none tomorrow.
+    """
+    found: list[str] = []
+    for name in _names(module, *_stamp(_file(module))):
+        words = name.split(".")
+        for end in range(1, len(words) + 1):
+            part = ".".join(words[:end])
+            if part not in exists:
+                exists[part] = source(part) is not None
+            if exists[part] and part != module:
+                found.append(part)
+    return found
+
+
 @cache
-def _needs(module: str, path: str, changed: int, size: int) -> tuple[str, ...]:
-    """Modules inside effc that a module imports, packages on the way to them included."""
+def _names(module: str, path: str, changed: int, size: int) -> list[str]:
+    """Every dotted name that a module may load, each once."""
+    stamp = (path, changed, size)
+    if (known := _read().get(stamp, module)) is not None:
+        return list(known)
     package = module if Path(path).name == "__init__.py" else module.rpartition(".")[0]
-    found: dict[str, None] = {}
-    for node in _running(_tree(path, changed, size)):
-        for name in _named(node, package):
-            words = name.split(".")
-            for end in range(1, len(words) + 1):
-                part = ".".join(words[:end])
-                if source(part) is not None:
-                    found[part] = None
-    found.pop(module, None)
-    return tuple(found)
+    found = dict.fromkeys(n for node in _running(_tree(*stamp)) for n in _named(node, package))
+    _read().put(stamp, module, list(found))
+    return list(found)
 
 
 def _running(node: ast.AST) -> Iterator[ast.AST]:
@@ -172,5 +199,4 @@ def _named(node: ast.AST, package: str) -> Iterator[str]:
             above = package.split(".")
             above = above[: len(above) - node.level + 1]
             base = ".".join([*above, *([base] if base else [])])
-        if base.split(".")[0] == PACKAGE or plugins.package_of(base) is not None:
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+        yield from (f"{base}.{alias.name}" for alias in node.names)

@@ -6,7 +6,6 @@ stage that is run again and comes out the same leaves everything behind it valid
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Mapping
 from functools import cache
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from effc import passes
+from effc.runtime.canonical import canonical as canonical
 from effc.runtime.closure import fingerprint
 from effc.specs.recipe import Binding, Call, Ref, Value
 
@@ -54,11 +54,6 @@ def stage_parts(
 def key_of(parts: Parts) -> str:
     """SHA-256 of the parts in canonical form, in hexadecimal."""
     return sha256(canonical(parts).encode()).hexdigest()
-
-
-def canonical(data: Any) -> str:
-    """JSON with one spelling for one value."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def differing(ours: Parts, theirs: Parts, under: str = "") -> list[tuple[str, Any, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,8 @@ from effc.runtime import tiny as small
 from effc.runtime.bind import spec_of
 from effc.runtime.clock import Clock
 from effc.runtime.data._several import Several
-from effc.runtime.fingerprints import hash_of
+from effc.runtime.file_hash import hash_of
+from effc.runtime.hash_ahead import answer, question
 from effc.runtime.load import open_model
 from effc.runtime.objects import identity_of
 from effc.runtime.remembered import Remembered
@@ -91,9 +91,8 @@ class Opening:
 
     def _file(self, path: Path) -> str:
         """BLAKE3 of a file, remembered by path, size, time of change and inode."""
-        stat = os.stat(path)
-        question = ["blake3", str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        return str(self.remembered.get(question, lambda: hash_of(path)))
+        about = question(path)
+        return str(self.remembered.get(about, lambda: answer(about) or hash_of(path)))
 
 
 def _print(model: Model, name: str, tensor: Tensor, file: Callable[[Path], str]) -> str:

@@ -13,8 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from effc.runtime.durable import publish_json
-from effc.runtime.key import canonical
+from effc.runtime.canonical import canonical
 from effc.specs.diagnostic import EffcError
 
 
@@ -26,13 +25,22 @@ class Remembered:
 
     def get(self, question: Any, measure: Callable[[], Any]) -> Any:
         """The answer to a question, which is plain JSON that names all it depends on."""
-        text = canonical(question)
-        path = self.folder / f"{sha256(text.encode()).hexdigest()}.json"
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads(path.read_bytes())
-            if found["question"] == json.loads(text):
-                return found["answer"]
+        if (known := self.known(question)) is not None:
+            return known
         answer = measure()
+        from effc.runtime.durable import publish_json  # brings torch, which reading does without
+
         with suppress(EffcError):
-            publish_json(path, {"question": question, "answer": answer}, self.aside)
+            publish_json(self._path(question), {"question": question, "answer": answer}, self.aside)
         return answer
+
+    def known(self, question: Any) -> Any:
+        """The answer where it is remembered; None otherwise."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            found = json.loads(self._path(question).read_bytes())
+            if found["question"] == json.loads(canonical(question)):
+                return found["answer"]
+        return None
+
+    def _path(self, question: Any) -> Path:
+        return self.folder / f"{sha256(canonical(question).encode()).hexdigest()}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from effc.runtime import closure
+from effc.runtime.read_sources import ReadSources
 
 FILES = {
     "__init__.py": '"""A floor."""\n',
@@ -70,3 +72,68 @@ def test_reading_a_method_imports_neither_it_nor_torch() -> None:
         "assert 'torch' not in sys.modules and 'effc.passes.quantize.rtn' not in sys.modules"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+
+
+@pytest.fixture
+def settled(floor: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A floor whose files were changed long ago, and a cache that holds nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(floor / "cache"))
+    for path in floor.rglob("*.py"):
+        os.utime(path, (1000, 1000))
+    return floor
+
+
+def anew(monkeypatch: pytest.MonkeyPatch, *parsed: Path) -> str:
+    """The fingerprint as a new process takes it; fails where it parses other files than these."""
+    for cached in (closure._read, closure._tree, closure._digest, closure._names):
+        cached.cache_clear()
+    seen: list[str] = []
+    real = closure.ast.parse
+    monkeypatch.setattr(closure.ast, "parse", lambda text, filename="": seen.append(filename) or real(text))
+    found = closure.fingerprint(["effc.floor.first"])
+    monkeypatch.setattr(closure.ast, "parse", real)
+    assert {*seen} == {str(path) for path in parsed}
+    return found
+
+
+def test_a_later_process_parses_only_what_was_changed(settled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    running = [p for p in settled.rglob("*.py") if p.name != "unseen.py"]
+    before = anew(monkeypatch, *running)
+    assert anew(monkeypatch) == before
+    (settled / "second.py").write_text("X = 5\n")
+    os.utime(settled / "second.py", (2000, 2000))
+    after = anew(monkeypatch, settled / "second.py")
+    assert after != before
+    assert anew(monkeypatch) == after
+
+
+def test_a_name_that_becomes_a_module_is_followed_though_nothing_is_parsed(
+    settled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (settled / "second.py").write_text("from effc.floor.inner import later\n")
+    os.utime(settled / "second.py", (1000, 1000))
+    anew(monkeypatch, *(p for p in settled.rglob("*.py") if p.name != "unseen.py"))
+    (settled / "inner/later.py").write_text("Z = 4\n")
+    anew(monkeypatch, settled / "inner/later.py")
+    assert "effc.floor.inner.later" in closure.closure(["effc.floor.first"])
+
+
+def test_nothing_is_remembered_of_a_file_that_was_just_changed(
+    settled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (settled / "second.py").write_text("X = 5\n")
+    anew(monkeypatch, *(p for p in settled.rglob("*.py") if p.name != "unseen.py"))
+    anew(monkeypatch, settled / "second.py")
+
+
+def test_another_reader_finds_nothing(settled: Path) -> None:
+    stamp = ("somewhere.py", 1, 2)
+    one = ReadSources(("reader.py", 1, 1))
+    one.put(stamp, "whole", "abc")
+    assert one.get(stamp, "whole") == "abc"
+    one.put(closure._stamp(settled / "first.py"), "whole", "def")
+    one.keep()
+    again, other = ReadSources(("reader.py", 1, 1)), ReadSources(("reader.py", 2, 1))
+    assert again.get(closure._stamp(settled / "first.py"), "whole") == "def"
+    assert other.get(closure._stamp(settled / "first.py"), "whole") is None
+    assert again.get(stamp, "whole") is None, "a file that is gone is not kept"

@@ -77,7 +77,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     kept = user_cache.folder()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if kept.is_dir():  # what is known of effc's own methods need not be read again
-        shutil.copytree(kept, user_cache.folder(), ignore=shutil.ignore_patterns("*.so"))
+        shutil.copytree(kept, user_cache.folder(), ignore=shutil.ignore_patterns("*.so", ".*"))
     monkeypatch.chdir(tmp_path)
 
     def package(name: str = "acme", kind: str = "fold.balance", text: str | None = None) -> Path:
