@@ -16,7 +16,7 @@ from effc.compiler.match import Hit, find
 from effc.compiler.model import Model
 from effc.compiler.pattern import Pattern
 from effc.compiler.roles import Role
-from effc.compiler.sharing import cloned, put
+from effc.compiler.sharing import cloned, owned, put
 from effc.compiler.state_map import Value
 from effc.specs.diagnostic import Diagnostic, EffcError
 
@@ -132,8 +132,8 @@ class Rewriter(Books):
         """Make every tensor at `path` the very same as its namesake at `to`."""
         source, target = self.model.module(to), self.model.module(path)
         before = self._known()
-        pairs = [(n, t) for n, t in (*source.named_parameters(), *source.named_buffers())]
-        numbers = [(self._number(f"{path}.{n}"), self._number(f"{to}.{n}")) for n, _ in pairs]
+        pairs = owned(source, once=False)
+        numbers = dict.fromkeys((self._number(f"{path}.{n}"), self._number(f"{to}.{n}")) for n, _ in pairs)
         for name, tensor in pairs:
             inner, _, slot = name.rpartition(".")
             module = target.get_submodule(inner)
@@ -148,15 +148,19 @@ class Rewriter(Books):
         self.log.append(Edit("tie", path, f"= {to}"))
 
     def untie(self, path: str) -> None:
-        """Give the module at `path` tensors of its own; their values stay."""
+        """Give the module at `path` tensors of its own; their values stay, and what it shares within."""
         before = self._known()
         module = self.model.module(path)
         shared = {name for pair in self.model.ties().items() for name in pair}
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        places: dict[int, list[str]] = {}
+        for name, tensor in owned(module, once=False):
             if f"{path}.{name}" in shared:
-                put(module, [name], tensor.detach())
-                inner, _, slot = name.rpartition(".")
-                before[id(getattr(module.get_submodule(inner), slot))] = before[id(tensor)]
+                places.setdefault(id(tensor), []).append(name)
+        for key, names in places.items():
+            inner, _, slot = names[0].rpartition(".")
+            holder = module.get_submodule(inner)
+            put(module, names, getattr(holder, slot).detach())
+            before[id(getattr(holder, slot))] = before[key]
         self._follow(before)
         self._touch(path)
         self.log.append(Edit("untie", path, "its own tensors"))

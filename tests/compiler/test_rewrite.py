@@ -9,10 +9,13 @@ import torch
 
 from effc.compiler.blocks import Linear, Norm, Scale
 from effc.compiler.blocks.quant_linear import QuantEmbedding
+from effc.compiler.method import Context
 from effc.compiler.model import Model
 from effc.compiler.pattern import pattern
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.weights import resident
+from effc.passes.reparam.hashed import Hashed
+from effc.runtime.rewriting import rewrite
 from effc.specs.diagnostic import EffcError
 
 Ids = Callable[..., torch.Tensor]
@@ -166,3 +169,18 @@ def test_patterns_find_chains(tiny: Model) -> None:
     assert all(isinstance(rw.module(h["norm"]), Norm) for h in hits)
     with pytest.raises(EffcError, match="`2x` is no element"):
         pattern("norm -> 2x")
+
+
+def test_what_a_block_shares_within_stays_shared_when_blocks_part_and_join(tiny: Model) -> None:
+    """Its matrices read one array, which all blocks of the model read too."""
+    rw = Rewriter(rewrite(Hashed(keep=0.25), tiny, Context()).model, "test")
+    one, other = (rw.module(f"layers.{layer}.attention") for layer in (0, 1))
+    rw.untie("layers.0.attention")
+    assert one.q.pool is one.k.pool
+    assert one.q.pool is one.o.pool
+    assert one.q.pool is not other.q.pool
+    assert one.k.scales is one.v.scales
+    assert one.k.scales is not other.k.scales
+    rw.tie("layers.0.attention", to="layers.1.attention")
+    assert all(one.get_submodule(name).pool is other.q.pool for name in "qkvo")
+    assert list(rw.done().ties()) == list(rewrite(Hashed(keep=0.25), tiny, Context()).model.ties())
