@@ -59,9 +59,11 @@ class ReadSources:
             self._new = False
 
     def _all(self) -> dict[str, dict[str, Any]]:
-        if self._held is None:
-            self._held = user_cache.read(self._name, self._key) or {}
-        return self._held
+        if self._held is not None:
+            return self._held
+        found: dict[str, dict[str, Any]] = user_cache.read(self._name, self._key) or {}
+        self._held = found
+        return found
 
 
 def _stands(path: str, stamp: list[int]) -> bool:

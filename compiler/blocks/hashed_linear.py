@@ -190,7 +190,8 @@ class _Read(torch.autograd.Function):
         return laid(pool, unit.scales[unit.number], *unit.map(pool.device), unit.out_features)
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        dw: Tensor = grad_outputs[0]
         unit: HashedLinear = ctx.unit
         h, sign = unit.map(dw.device)
         wide = torch.promote_types(dw.dtype, torch.float32)

@@ -134,7 +134,8 @@ class _Product(torch.autograd.Function):
         return F.linear(x, built(a, b, values, places, factor))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        dy: Tensor = grad_outputs[0]
         x, a, b, values, places = ctx.saved_tensors
         dx = dy @ built(a, b, values, places, ctx.factor) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[1:4]):

@@ -65,7 +65,9 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
         dout, dlast = grad_outputs
         q, k, v, g, past, starts, *kept = ctx.saved_tensors
         slopes = [torch.empty_like(t) for t in (q, k, v, g)]

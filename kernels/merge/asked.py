@@ -51,6 +51,7 @@ class Mixing(Protocol):
 
     def mix(self, models: int, known: Array) -> Mix:
         """How so many models mix once `known` is settled."""
+        ...
 
 
 @runtime_checkable
@@ -59,3 +60,4 @@ class Looking(Protocol):
 
     def look(self, number: int, known: Array) -> Look:
         """What round `number` gathers."""
+        ...

@@ -35,7 +35,9 @@ class CountsSpec(KernelSpec, frozen=True):
 
     @property
     def inputs(self) -> dict[str, Stored]:
-        return {f"x{k}": stored for k, stored in enumerate(self.models)} | {"base": self.base}
+        found: dict[str, Stored] = {f"x{k}": stored for k, stored in enumerate(self.models)}
+        found["base"] = self.base
+        return found
 
 
 def fields(spec: CountsSpec) -> dict[str, str]:

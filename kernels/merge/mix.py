@@ -41,8 +41,10 @@ class MixSpec(KernelSpec, frozen=True):
     @property
     def inputs(self) -> dict[str, Stored]:
         """Name -> how it is stored: x0, x1, ..., and `base` last where there is one."""
-        found = {f"x{k}": stored for k, stored in enumerate(self.models)}
-        return found | ({"base": self.base} if self.base else {})
+        found: dict[str, Stored] = {f"x{k}": stored for k, stored in enumerate(self.models)}
+        if self.base:
+            found["base"] = self.base
+        return found
 
 
 def fields(spec: MixSpec) -> dict[str, str]:

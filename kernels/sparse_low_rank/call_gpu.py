@@ -53,7 +53,9 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Any
+    ) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         x, a, b, ordered, inner, bits, before, order = ctx.saved_tensors
         dy = dy.contiguous()

@@ -87,7 +87,7 @@ class LowRank(Selects, Calibrate):
     def at_most(self) -> bool:
         return isinstance(self.rank, RankRule)
 
-    def targets(self, model: Model) -> dict[str, Self]:
+    def targets(self, model: Model) -> dict[str, Self]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Path -> the method as it applies there, without weights below `min_dim`."""
         found = super().targets(model)
         return {p: m for p, m in found.items() if not m.min_dim or _shorter(model.module(p)) >= m.min_dim}

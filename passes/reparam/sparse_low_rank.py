@@ -155,8 +155,9 @@ class SparseLowRank(Selects, Rewrite):
         dice = dice_of(self.seed, path)
         if self.init == "svd":
             finite(path, w)
-            wide = w.double() if w.element_size() == 8 else w.float()
-            a, b, places = self._closest(wide, dice)
+            w = w.double() if w.element_size() == 8 else w.float()
+            a, b, places = self._closest(w, dice)
+            values = torch.empty(0)
         else:
             o, i = unit.out_features, unit.in_features
             a, b = _uniform((unit.rank, i), math.sqrt(1 / i), dice), torch.zeros(o, unit.rank)
@@ -165,9 +166,9 @@ class SparseLowRank(Selects, Rewrite):
         kind = unit.a.dtype
         unit.a, unit.b = (nn.Parameter(t.to(kind).contiguous(), requires_grad=False) for t in (a, b))
         if self.init == "svd":
-            rest = wide - unit.factor * (unit.b.to(wide.dtype) @ unit.a.to(wide.dtype))
+            rest = w - unit.factor * (unit.b.to(w.dtype) @ unit.a.to(w.dtype))
             values = rest.flatten()[places]
-            norm = float(wide.norm())
+            norm = float(w.norm())
             kept = rest.flatten().index_fill(0, places, 0.0)
             errors[path] = float(kept.norm()) / norm if norm else 0.0
         unit.values = nn.Parameter(values.to(kind), requires_grad=False)

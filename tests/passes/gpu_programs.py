@@ -81,7 +81,8 @@ def misplaced(model: Model) -> float:
     """The error of the second token when the program takes it for one place further on."""
     ids = torch.randint(0, V, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     due, ours = TorchDecoder(model, LENGTH + STEPS), LaunchedDecoder(launches(model, CPU), 1, LENGTH + STEPS)
-    due.prefill(ids, None), ours.prefill(ids, None)
+    due.prefill(ids, None)
+    ours.prefill(ids, None)
     ours.session._room.row += 1
     found, expected = (decoder.next(ids[:, 0]) for decoder in (ours, due))
     return float((found - expected).norm() / expected.norm())

@@ -203,8 +203,9 @@ def test_ops_and_caches_compute_what_forward_computes(family: str, form: str) ->
             parts.append(model(IDS[:, start:end], step=step))
             cache.filled = start
             again = model.step(IDS[:, start:end], None, cache)
-            alone = model.step(IDS[:, start:end], None, Cache(12))
-            alone.cache.filled = start
+            fresh = Cache(12)
+            alone = model.step(IDS[:, start:end], None, fresh)
+            fresh.filled = start
             for path in blocks:
                 block = model.module(path)
                 if isinstance(block, DepthAttention | Enter) or type(block).__name__ == "Leave":
@@ -432,9 +433,9 @@ def test_a_bias_evens_depths_out(tiny: Model) -> None:
     model = looped(tiny, recursions=2, router="token", balance="bias", balance_weight=0.05)
     path, unit = next(iter(enters(model).items()))
     weights = {f"{path}.bias": torch.nn.Parameter(torch.tensor([0.8, 0.0]))}
+    batch = Sequences(tiny).batch("train", range(16))
     for _ in range(40):
         model.place(f"{path}.bias", weights[f"{path}.bias"].detach().clone())
-        batch = Sequences(tiny).batch("train", range(16))
         with torch.no_grad():
             answered(model, batch)
         after_step(model, weights, 0.5)

@@ -32,4 +32,4 @@ class ResidualScale(BlockPart):
     )
 
     def put(self, rw: Rewriter) -> None:
-        Swap(lambda_=self.lambda_, norm=self.norm, fold=False).outline(rw, ())
+        Swap.model_validate({"lambda": self.lambda_, "norm": self.norm, "fold": False}).outline(rw, ())
