@@ -8,9 +8,8 @@ sum of x (code - zero) scale = scale (sum of x (code + offset) - (zero + offset)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from effc.kernels.epilogue import EPILOGUES, operands
+from effc.kernels.epilogue import operands
+from effc.kernels.gpu.finish_triton import chain, finish
 from effc.kernels.quant_linear.spec_gpu import ROWS, WeightOnlySpec
 
 _BEGIN = """
@@ -65,7 +64,7 @@ def _head(spec: WeightOnlySpec) -> str:
     group, b = spec.group or "K", spec.bits
     product = "x W^T + inner outer^T" if spec.extension else "x W^T"
     product = "x W^T + (x factor^T) outer^T" if spec.within else product
-    chain = "".join(f"{name}(" for name in reversed(spec.epilogue)) + product + ")" * len(spec.epilogue)
+    chained = "".join(f"{name}(" for name in reversed(spec.epilogue)) + product + ")" * len(spec.epilogue)
     sums = f"  xsum    [K / {spec.run}, M] float32, sums of x over {spec.run} columns\n" if spec.sums else ""
     zeros = f"  zeros   [K / {group}, N'] uint8\n" if not spec.symmetric else ""
     if spec.extension:
@@ -79,7 +78,7 @@ def _head(spec: WeightOnlySpec) -> str:
 
 {spec.describe()}
 
-y = {chain}, W = (code - {zero}) scale
+y = {chained}, W = (code - {zero}) scale
   x       [M, K] bfloat16
   words   [N', {words} N' = N rounded up to {ROWS}; in turns of {spec.columns} columns,
           bits {b} j and 16 + {b} j of word r hold columns {spec.plane} j + 2 r and {spec.plane} j + 2 r + 1
@@ -104,7 +103,7 @@ def _kernel(spec: WeightOnlySpec) -> str:
     else:
         body = run(spec, False)
     inner = "".join(f"        {line}\n" for line in body)
-    otherwise = "    else:\n" + ending(spec.epilogue, 8) if spec.epilogue else ""
+    otherwise = "    else:\n" + chain(spec.epilogue, 8) if spec.epilogue else ""
     return f"""@triton.jit
 def kernel({names}, out, M, N, K, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):
     rn = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -194,27 +193,6 @@ def run(spec: WeightOnlySpec, several: bool) -> list[str]:
         f"xs = tl.load(xsum + {first} // {spec.run} * M + rm, mask={there}, other=0.0)",
         f"acc += scale[:, None] * (part - {zero} * xs[None, :])",
     ]
-
-
-def ending(chain: Sequence[str], indent: int) -> str:
-    """The chain on `acc`, a line of text each."""
-    lines = [line for name in chain for line in EPILOGUES[name].triton]
-    return "".join(" " * indent + line + "\n" for line in lines)
-
-
-def finish(chain: Sequence[str]) -> str:
-    """The kernel that adds the shares of the columns, and does what `chain` says."""
-    names = ", ".join(["partials", *operands(chain), "out"])
-    return f"""@triton.jit
-def finish({names}, M, N, BM: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr):
-    rn = tl.program_id(0) * BN + tl.arange(0, BN)
-    rm = tl.program_id(1) * BM + tl.arange(0, BM)
-    mask = (rm[None, :] < M) & (rn[:, None] < N)
-    acc = tl.zeros((BN, BM), tl.float32)
-    for share in tl.static_range(SPLIT):
-        acc += tl.load(partials + share * M * N + rm[None, :] * N + rn[:, None], mask=mask, other=0.0)
-{ending(chain, 4)}    tl.store(out + rm[None, :] * N + rn[:, None], acc.to(out.dtype.element_ty), mask=mask)
-"""
 
 
 def _launch(spec: WeightOnlySpec) -> str:

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from effc.compiler.model import Model
-from effc.compiler.roles import layer_of
 from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.kernel import KernelSpec
 from effc.kernels.linear_attention.spec_c import RecurrentSpec
@@ -53,7 +52,7 @@ class Builder:
 
     def build(self, kernel: Callable[[Builder, Job], None]) -> Lowered:
         """All jobs, each by its kernel; those behind the last layer work on the wanted rows alone."""
-        layers = [self._layer(job) for job in self.jobs.jobs]
+        layers = self.jobs.layers()
         last = max((i for i, layer in enumerate(layers) if layer is not None), default=0)
         stream, tail = "", 0
         for i, job in enumerate(self.jobs.jobs):
@@ -133,11 +132,3 @@ class Builder:
             self.widths.pop(name)
             self.calls = [replace(c, text=c.text.replace(f"{{{name}}}", f"{{{LOGITS}}}")) for c in self.calls]
         self.calls = [replace(c, reads=swap(c.reads), writes=swap(c.writes)) for c in self.calls]
-
-    def _layer(self, job: Job) -> int | None:
-        """The layer of a job; plain arithmetic between blocks belongs to the layer of what it reads."""
-        if job.paths:
-            return layer_of(job.paths[0])
-        made = [j for j in self.jobs.jobs if set(j.writes) & set(job.reads)]
-        found = [layer for j in made if (layer := self._layer(j)) is not None]
-        return max(found, default=None)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from effc.compiler.roles import layer_of
+
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
@@ -194,7 +196,16 @@ class Jobs:
     jobs: list[Job]
     widths: dict[int, int]
     output: int
-    layer_of: dict[str, int | None] = field(default_factory=dict)
+
+    def layers(self) -> list[int | None]:
+        """The layer of every job; plain arithmetic between blocks belongs to the layer of what it reads."""
+        of_value: dict[int, int | None] = {}
+        found: list[int | None] = []
+        for job in self.jobs:
+            read = [layer for n in job.reads if (layer := of_value.get(n)) is not None]
+            found.append(layer_of(job.paths[0]) if job.paths else max(read, default=None))
+            of_value |= dict.fromkeys(job.writes, found[-1])
+        return found
 
 
 class Unlowered(Exception):

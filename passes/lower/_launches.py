@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import Tensor
 
-from effc.compiler.blocks.quant_linear import WHOLE
 from effc.kernels import epilogue
 from effc.kernels.gpu.launches import Caches, Room
 from effc.kernels.gpu.load import load
@@ -18,6 +17,7 @@ from effc.kernels.quant_linear import emit_triton as quant_triton
 from effc.kernels.quant_linear.layout_gpu import pack
 from effc.kernels.quant_linear.spec_gpu import WeightOnlySpec
 from effc.kernels.quant_linear.spec_gpu import refuses as quant_refuses
+from effc.passes.lower import _weights as weights
 from effc.passes.lower._attends import attend
 from effc.passes.lower._gpu_norm import normalizer
 from effc.passes.lower._jobs import Arithmetic, Attend, Embed, Job, Linear, Matrix, Normalize, Unlowered
@@ -145,9 +145,8 @@ def _product(
     n, k = sum(m.rows for m in matrices), matrices[0].columns
     if words := quant_refuses(spec, 1, n, k):
         raise Unlowered(f"`{matrices[0].unit}`: {words}")
-    codes, scales, zeros = (
-        torch.cat(parts) for parts in zip(*(_codes(build, spec, m) for m in matrices), strict=True)
-    )
+    each = [weights.codes(build.model, spec, m) for m in matrices]
+    codes, scales, zeros = (torch.cat(parts) for parts in zip(*each, strict=True))
     packed = pack(spec, codes, scales, None if spec.symmetric else zeros)
     held = {name: t.to(build.device) for name, t in packed._asdict().items() if t is not None}
     module = load(quant_triton.emit(spec))
@@ -157,18 +156,6 @@ def _product(
         return y
 
     return product, spec
-
-
-def _codes(build: Launching, spec: WeightOnlySpec, matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
-    """codes [N, K] uint8, scales [N, G], zero codes [N, G] uint8 of one unit."""
-    unit: Any = build.model.module(matrix.unit)
-    q, scales, zeros = unit.unpack()
-    groups = spec.groups(matrix.columns)
-    if unit.group == WHOLE:
-        scales = scales.expand(unit.rows, groups)
-        zeros = None if zeros is None else zeros.expand(unit.rows, groups)
-    zero = torch.zeros_like(scales, dtype=torch.int16) if zeros is None else zeros.to(torch.int16)
-    return (q.to(torch.int16) + spec.mid).to(torch.uint8), scales, (zero + spec.mid).to(torch.uint8)
 
 
 def _bias(build: Launching, job: Linear) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from effc.compiler.blocks.quant_linear import WHOLE
 from effc.compiler.model import Model
 from effc.kernels.quant_linear.layout import pack
 from effc.kernels.quant_linear.spec import QuantLinearSpec
+from effc.kernels.quant_linear.spec_gpu import WeightOnlySpec
 from effc.kernels.sparse_linear.layout import Sparse
 from effc.kernels.sparse_linear.layout import pack as pack_sparse
 from effc.kernels.sparse_linear.spec import SparseLinearSpec
@@ -47,7 +48,7 @@ def packed(model: Model, spec: QuantLinearSpec, matrices: Sequence[Matrix]) -> M
     """The packed matrix of one unit, of several stacked, or of two in turns of 32 rows; of every expert."""
 
     def make() -> Tensor:
-        parts = [_codes(model, spec, matrix) for matrix in matrices]
+        parts = [codes(model, spec, matrix) for matrix in matrices]
         if not matrices[0].experts:
             return _joined(spec, parts)
         stacks = [[t.chunk(matrices[0].experts) for t in part] for part in parts]
@@ -63,14 +64,14 @@ def sparse(model: Model, spec: SparseLinearSpec, matrices: Sequence[Matrix]) -> 
 
     def make(part: str) -> Tensor:
         if part not in held:
-            parts = [_codes(model, spec.packed, matrix) for matrix in matrices]
+            parts = [codes(model, spec.packed, matrix) for matrix in matrices]
             join = _in_turns if spec.packed.paired else torch.cat
-            codes, scales = (join([p[i] for p in parts]) for i in (0, 1))
+            numbers, scales = (join([p[i] for p in parts]) for i in (0, 1))
             rows = sum(m.rows for m in matrices)
             if spec.packed.paired:  # rows that fill the turns up have no scale, and need no codes
-                codes = codes.masked_fill((scales == 0).all(1, keepdim=True), spec.packed.mid)
-                rows = len(codes)
-            held.update(pack_sparse(spec, codes[:rows], scales[:rows])._asdict())
+                numbers = numbers.masked_fill((scales == 0).all(1, keepdim=True), spec.packed.mid)
+                rows = len(numbers)
+            held.update(pack_sparse(spec, numbers[:rows], scales[:rows])._asdict())
         return held.pop(part)
 
     return {part: partial(make, part) for part in Sparse._fields}
@@ -105,21 +106,23 @@ def zeros(model: Model, matrices: Sequence[Matrix]) -> float:
 def _joined(spec: QuantLinearSpec, parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     """The packed matrix of codes, scales and zero codes [N, *] of several."""
     join = _in_turns if spec.paired else torch.cat
-    codes, scales = (join([p[i] for p in parts]) for i in (0, 1))
-    return pack(spec, codes, scales, None if spec.symmetric else join([p[2] for p in parts]))
+    numbers, scales = (join([p[i] for p in parts]) for i in (0, 1))
+    return pack(spec, numbers, scales, None if spec.symmetric else join([p[2] for p in parts]))
 
 
-def _codes(model: Model, spec: QuantLinearSpec, matrix: Matrix) -> tuple[Tensor, Tensor, Tensor]:
+def codes(
+    model: Model, spec: QuantLinearSpec | WeightOnlySpec, matrix: Matrix
+) -> tuple[Tensor, Tensor, Tensor]:
     """codes [N, K] uint8, scales [N, G], zero codes [N, G] uint8 of one unit."""
     unit: Any = model.module(matrix.unit)
     q, scales, zeros = unit.unpack()
-    codes = (q.to(torch.int16) + spec.mid).to(torch.uint8)
+    shifted = (q.to(torch.int16) + spec.mid).to(torch.uint8)
     groups = spec.groups(matrix.columns)
     if unit.group == WHOLE:
         scales = scales.expand(unit.rows, groups)
         zeros = None if zeros is None else zeros.expand(unit.rows, groups)
     zero = torch.zeros_like(scales, dtype=torch.int16) if zeros is None else zeros.to(torch.int16)
-    return codes, scales, (zero + spec.mid).to(torch.uint8)
+    return shifted, scales, (zero + spec.mid).to(torch.uint8)
 
 
 def _in_turns(parts: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,6 @@ import torch
 
 from effc.compiler.flat import flatten
 from effc.compiler.model import Model
-from effc.compiler.roles import layer_of
 from effc.kernels.gpu.launches import LaunchPlan
 from effc.passes.lower._collect import collect
 from effc.passes.lower._fuse import fuse
@@ -30,7 +29,7 @@ def launches(model: Model, device: torch.device) -> LaunchPlan:
         jobs = fuse(collect(model, flatten(model)))
     except TypeError as error:
         raise Unlowered(str(error)) from error
-    layers = _layers(jobs)
+    layers = jobs.layers()
     last = max((i for i, layer in enumerate(layers) if layer is not None), default=-1)
     if not -1 < last < len(jobs.jobs) - 1:
         raise Unlowered("nothing stands behind the layers, or there are none")
@@ -53,17 +52,6 @@ def launches(model: Model, device: torch.device) -> LaunchPlan:
 
 def _made(jobs: Sequence[Job]) -> set[int]:
     return {number for job in jobs for number in job.writes}
-
-
-def _layers(jobs: Jobs) -> list[int | None]:
-    """The layer of every job; plain arithmetic between blocks belongs to the layer of what it reads."""
-    of_value: dict[int, int | None] = {}
-    found: list[int | None] = []
-    for job in jobs.jobs:
-        read = [layer for n in job.reads if (layer := of_value.get(n)) is not None]
-        found.append(layer_of(job.paths[0]) if job.paths else max(read, default=None))
-        of_value |= dict.fromkeys(job.writes, found[-1])
-    return found
 
 
 def _placed(jobs: Jobs) -> tuple[dict[int, int], Mapping[int, int]]:
