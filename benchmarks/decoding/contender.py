@@ -75,8 +75,6 @@ class Transformers:
         torch.set_num_threads(threads)
         dtype = torch.bfloat16 if setting == "bfloat16" else torch.float32
         self.model: Any = self.load(transformers, setting, folder, dtype).eval()
-        if setting == "int8":
-            self.model = torch.ao.quantization.quantize_dynamic(self.model, {torch.nn.Linear})
         self.vocab = self.model.config.vocab_size
         self.about: dict[str, Any] = {"version": f"transformers {transformers.__version__}"}
         if setting in ("float32", "bfloat16"):
@@ -85,7 +83,12 @@ class Transformers:
         self.last: Any = None
 
     def load(self, transformers: Any, setting: str, folder: str, dtype: Any) -> Any:
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        import torch
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        if setting == "int8":
+            model = torch.ao.quantization.quantize_dynamic(model.eval(), {torch.nn.Linear})
+        return model
 
     def prefill(self, ids: Ids, longest: int) -> Any:
         import torch
@@ -128,12 +131,20 @@ class Bitsandbytes(Transformers):
 
 
 class Hqq(Transformers):
-    """Setting: 4 or 8 bits, groups of 64."""
+    """Setting: 4 or 8 bits, groups of 64. By hqq itself, all linears but the head."""
 
     def load(self, transformers: Any, setting: str, folder: str, dtype: Any) -> Any:
-        config = transformers.HqqConfig(nbits=int(setting), group_size=64)
-        auto = transformers.AutoModelForCausalLM
-        return auto.from_pretrained(folder, dtype=dtype, quantization_config=config, device_map="cpu")
+        import torch
+
+        hqq: Any = import_module("hqq.core.quantize")
+        config = hqq.BaseQuantizeConfig(nbits=int(setting), group_size=64)
+        model = super().load(transformers, "", folder, dtype)
+        for parent in list(model.model.modules()):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    packed = hqq.HQQLinear(linear, config, compute_dtype=dtype, device="cpu")
+                    setattr(parent, name, packed)
+        return model
 
 
 class Quanto(Transformers):
