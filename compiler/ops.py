@@ -1,9 +1,9 @@
 """Ops: the closed set of typed operations that blocks expand into. Lowering and analysis see only these.
 
-Those of recurrent blocks stand in ops_state.py, those of maps that layers share in ops_maps.py,
-those of loops that some tokens run in ops_tokens.py.
+Those of mixtures stand in ops_experts.py, of recurrent blocks in ops_state.py, of maps that layers share in
+ops_maps.py, of loops that some tokens run in ops_tokens.py.
 
-Shapes: B sequences, T tokens, S keys, N tokens in a row, d width, H heads of width h, E experts, k active.
+Shapes: B sequences, T tokens, S keys, N tokens in a row, d width, H heads of width h.
 Each op is its definition: positional arguments are values, keyword arguments are attributes. Nothing is
 written in place; the cache is a value that goes in and comes out.
 """
@@ -23,13 +23,13 @@ from effc.compiler.blocks.hashed_linear import signs as _signs
 from effc.compiler.blocks.hashed_linear import where as _where
 from effc.compiler.blocks.head import softcap as _softcap
 from effc.compiler.blocks.mlp import ACTIVATIONS
-from effc.compiler.blocks.moe import best
 from effc.compiler.blocks.rope import rotate, tables
 from effc.compiler.blocks.sparse_low_rank_linear import built
-from effc.compiler.blocks.tempered import gated, kept
 from effc.compiler.blocks.unit import DTYPES
 from effc.compiler.op_kind import OPS, Kind
 from effc.compiler.op_kind import op as _op
+from effc.compiler.ops_coded import on_grid
+from effc.compiler.ops_experts import combine
 from effc.compiler.ops_maps import heard
 from effc.compiler.ops_state import scan
 from effc.compiler.ops_tokens import enter
@@ -37,7 +37,7 @@ from effc.compiler.packing import unpack as _unpack
 from effc.compiler.planes import dense as _of_planes
 from effc.compiler.step import Step
 
-__all__ = ["OPS", "Kind", "enter", "heard", "scan"]
+__all__ = ["OPS", "Kind", "combine", "enter", "heard", "on_grid", "scan"]
 
 State = tuple[Tensor, Tensor] | None
 """Keys and values [B, Hk, S, h] of earlier tokens; None before the first."""
@@ -228,44 +228,6 @@ def shape_like(y: Tensor, like: Tensor) -> Tensor:
     return y.view_as(like)
 
 
-@_op(gives=2)
-def route(scores: Tensor, like: Tensor, *, active: int, renormalize: bool) -> tuple[Tensor, Tensor]:
-    """scores [N, E] -> weights [N, k] in like's dtype and chosen [N, k]: the k largest of the softmax"""
-    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    weights, chosen = best(torch.softmax(wide, -1), active, renormalize)
-    return weights.to(like.dtype), chosen
-
-
-@_op(gives=2)
-def temper(scores: Tensor, like: Tensor, *, act: str, tau: float, least: float) -> tuple[Tensor, Tensor]:
-    """scores [N, E] -> weights [N, E] in like's dtype and numbers [N, E], E for a weight below `least`"""
-    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    weights, chosen = kept(torch.softmax(gated(wide, act) / tau, -1), least)
-    return weights.to(like.dtype), chosen
-
-
-@_op()
-def spread(x: Tensor, chosen: Tensor) -> Tensor:
-    """x [N, d] -> [N, k, d]: a copy for each active expert"""
-    return x.unsqueeze(1).expand(-1, chosen.shape[1], -1)
-
-
-@_op()
-def expert_linear(x: Tensor, w: Tensor, chosen: Tensor) -> Tensor:
-    """x [N, k, i], w [E, o, i], chosen [N, k] -> [N, k, o]: each copy through its own expert"""
-    out = x.new_zeros(*x.shape[:2], w.shape[1])
-    for expert in range(w.shape[0]):
-        here = chosen == expert
-        out[here] = F.linear(x[here], w[expert].to(x.dtype))
-    return out
-
-
-@_op()
-def combine(y: Tensor, weights: Tensor) -> Tensor:
-    """y [N, k, d], weights [N, k] -> [N, d]: the weighted sum"""
-    return (y * weights.unsqueeze(-1)).sum(1)
-
-
 @_op()
 def sigmoid(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
@@ -275,25 +237,6 @@ def sigmoid(x: Tensor) -> Tensor:
 def standardize(x: Tensor) -> Tensor:
     """x [N, d] -> mean 0 and deviation 1 over d"""
     return F.layer_norm(x, (x.shape[-1],))
-
-
-@_op()
-def mean_expert(w: Tensor) -> Tensor:
-    """w [E, o, i] -> the mean [o, i], taken in float32 at least"""
-    wide = w.float() if w.dtype in (torch.float16, torch.bfloat16) else w
-    return wide.mean(0).to(w.dtype)
-
-
-@_op()
-def first_copy(y: Tensor) -> Tensor:
-    """y [N, 1, d] -> [N, d]: of a token that runs through one expert"""
-    return y[:, 0]
-
-
-@_op()
-def largest(scores: Tensor) -> Tensor:
-    """scores [..., E] -> the number of the largest [...]"""
-    return scores.argmax(-1)
 
 
 @_op()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from effc.compiler.around import Text
-from effc.compiler.exporter import main_dtype
+from effc.compiler.emitted import main_dtype
 from effc.compiler.model import Model
 from effc.compiler.plan import Staged
 from effc.runtime.bind import spec_of, staged

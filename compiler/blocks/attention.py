@@ -6,7 +6,7 @@ Shapes: x [B, T, d], q [B, H, T, h], k and v [B, Hk, S, h] with S keys; H query 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,24 @@ from effc.compiler.step import Step
 
 if TYPE_CHECKING:
     from effc.compiler.op_graph import Ops, Value
+
+
+class AttentionForm(TypedDict, total=False):
+    """The arguments of `Attention`, for blocks that have more of their own."""
+
+    width: Required[int]
+    heads: Required[int]
+    kv_heads: Required[int]
+    head_dim: Required[int]
+    bias: bool
+    bias_o: bool
+    rope: Mapping[str, Any] | None
+    qk_norm: float
+    window: int | None
+    causal: bool
+    cap: float | None
+    scale: float | None
+    dtype: str
 
 
 class Attention(Unit):
@@ -113,6 +131,11 @@ class Attention(Unit):
 
     def mixed(self, x: Tensor, step: Step) -> Tensor:
         """x [B, T, d] -> the values that each head takes in, side by side [B, T, H h], before W_o."""
+        y = self.attended(*self.projected(x, step), step)
+        return y.transpose(1, 2).reshape(*x.shape[:2], self.heads * self.head_dim)
+
+    def projected(self, x: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, T, d] -> q [B, H, T, h] and k, v [B, Hk, T, h], normed and rotated where asked."""
         batch, length = x.shape[:2]
         q = self.q(x).view(batch, length, self.heads, self.head_dim)
         k = self.k(x).view(batch, length, self.kv_heads, self.head_dim)
@@ -123,8 +146,7 @@ class Attention(Unit):
         if self.rope is not None:
             cos, sin = tables(self.rope, self.head_dim, step, x.dtype)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = self.attended(q, k, v, step)
-        return y.transpose(1, 2).reshape(batch, length, self.heads * self.head_dim)
+        return q, k, v
 
     def attended(self, q: Tensor, k: Tensor, v: Tensor, step: Step) -> Tensor:
         """q [B, H, T, h] over k, v [B, Hk, T, h] and those before them -> [B, H, T, h]."""

@@ -105,15 +105,8 @@ class Carved(Unit):
         if self.own:
             flat = ops("flatten", x)
             chosen = ops("told", ops.step, side=EXPERT)
-            copies = ops("spread", flat, chosen)
-            inner = ops("expert_linear", copies, ops.stacked("experts.up", self.experts.up), chosen)
-            if self.gated:
-                gate = ops("expert_linear", copies, ops.stacked("experts.gate", self.experts.gate), chosen)
-                inner = ops("gate", ops("activate", gate, form=self.activation), inner)
-            else:
-                inner = ops("activate", inner, form=self.activation)
-            down = ops("expert_linear", inner, ops.stacked("experts.down", self.experts.down), chosen)
-            parts.append(ops("shape_like", ops("first_copy", down), x))
+            said = self.experts.expand_chosen(ops, flat, chosen)
+            parts.append(ops("shape_like", ops("first_copy", said), x))
         return parts[0] if len(parts) == 1 else ops("add", *parts)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:

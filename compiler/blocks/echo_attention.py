@@ -6,13 +6,12 @@ Source: EchoAtt: Attend, Copy, then Adjust for More Efficient Large Language Mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from effc.compiler.blocks.attention import Attention, attend
+from effc.compiler.blocks.attention import Attention, AttentionForm, attend
 from effc.compiler.blocks.head import softcap
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.unit import DTYPES, Unit
@@ -31,38 +30,12 @@ class LeadAttention(Attention):
     def __init__(
         self,
         *,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
         group: int,
         maps: Maps = "store",
-        bias: bool = False,
-        bias_o: bool = False,
-        rope: Mapping[str, Any] | None = None,
-        qk_norm: float = 0.0,
-        window: int | None = None,
-        causal: bool = True,
-        cap: float | None = None,
-        scale: float | None = None,
-        dtype: str = "float32",
+        **form: Unpack[AttentionForm],
     ) -> None:
         """`group` is the name of the group, the same in all its layers."""
-        super().__init__(
-            width=width,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            bias=bias,
-            bias_o=bias_o,
-            rope=rope,
-            qk_norm=qk_norm,
-            window=window,
-            causal=causal,
-            cap=cap,
-            scale=scale,
-            dtype=dtype,
-        )
+        super().__init__(**form)
         self.group = group
         self.maps: Maps = maps
 

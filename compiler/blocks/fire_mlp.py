@@ -58,23 +58,13 @@ class FireMLP(MLP):
         """Of one channel that fires, for one token."""
         return 2 * self.width * (3 if self.gated else 2)
 
-    def inner(self, x: Tensor) -> Tensor:
-        """x [..., d] -> what `down` reads, whole [..., f]."""
-        act = ACTIVATIONS[self.activation]
-        y: Tensor = act(self.gate(x)) * self.up(x) if self.gated else act(self.up(x))
-        return y
-
     def predicted(self, x: Tensor) -> Tensor:
         """x [..., d] -> z [..., f]; above 0 where a channel shall fire."""
         z: Tensor = self.fire_out(self.fire_in(x) if self.rank else x)
         return z
 
     def expand(self, ops: Ops, x: Value) -> Value:
-        up = ops.inline("up", self.up, x)
-        if self.gated:
-            inner = ops("gate", ops("activate", ops.inline("gate", self.gate, x), form=self.activation), up)
-        else:
-            inner = ops("activate", up, form=self.activation)
+        inner = self.expand_inner(ops, x)
         low = ops.inline("fire_in", self.fire_in, x) if self.rank else x
         live = ops("fires", ops.inline("fire_out", self.fire_out, low))
         return ops.inline("down", self.down, ops("gate", inner, live))

@@ -6,13 +6,12 @@ Source: Gated Attention for Large Language Models, arXiv 2505.06708, section 2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from effc.compiler.blocks.attention import Attention
+from effc.compiler.blocks.attention import Attention, AttentionForm
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.ops_state import repeat
 from effc.compiler.step import Step
@@ -30,43 +29,18 @@ class GatedAttention(Attention):
     def __init__(
         self,
         *,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
         kind: Literal["head", "element"] = "head",
         position: Literal["after_sdpa", "after_o"] = "after_sdpa",
-        bias: bool = False,
-        bias_o: bool = False,
-        rope: Mapping[str, Any] | None = None,
-        qk_norm: float = 0.0,
-        window: int | None = None,
-        causal: bool = True,
-        cap: float | None = None,
-        scale: float | None = None,
-        dtype: str = "float32",
+        **form: Unpack[AttentionForm],
     ) -> None:
-        super().__init__(
-            width=width,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            bias=bias,
-            bias_o=bias_o,
-            rope=rope,
-            qk_norm=qk_norm,
-            window=window,
-            causal=causal,
-            cap=cap,
-            scale=scale,
-            dtype=dtype,
-        )
+        super().__init__(**form)
         if kind == "head" and position == "after_o":
             raise ValueError("behind W_o there are no heads to gate: kind = element")
         self.kind = kind
         self.position = position
-        gates = heads if kind == "head" else heads * head_dim if position == "after_sdpa" else width
-        self.gate = Linear(in_features=width, out_features=gates, dtype=dtype)
+        inner = self.heads * self.head_dim
+        gates = self.heads if kind == "head" else inner if position == "after_sdpa" else self.width
+        self.gate = Linear(in_features=self.width, out_features=gates, dtype=self.dtype)
 
     def expand(self, ops: Ops, x: Value) -> Value:
         y = self.expand_mixed(ops, x)

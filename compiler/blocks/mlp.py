@@ -58,15 +58,21 @@ class MLP(Unit):
         self.down = Linear(in_features=hidden, out_features=width, bias=bias, dtype=dtype)
 
     def expand(self, ops: Ops, x: Value) -> Value:
+        return ops.inline("down", self.down, self.expand_inner(ops, x))
+
+    def expand_inner(self, ops: Ops, x: Value) -> Value:
+        """What `inner` computes, in ops."""
         up = ops.inline("up", self.up, x)
         if self.gated:
-            inner = ops("gate", ops("activate", ops.inline("gate", self.gate, x), form=self.activation), up)
-        else:
-            inner = ops("activate", up, form=self.activation)
-        return ops.inline("down", self.down, inner)
+            return ops("gate", ops("activate", ops.inline("gate", self.gate, x), form=self.activation), up)
+        return ops("activate", up, form=self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        act = ACTIVATIONS[self.activation]
-        inner: Tensor = act(self.gate(x)) * self.up(x) if self.gated else act(self.up(x))
-        out: Tensor = self.down(inner)
+        out: Tensor = self.down(self.inner(x))
         return out
+
+    def inner(self, x: Tensor) -> Tensor:
+        """x [..., width] -> what `down` reads [..., hidden]."""
+        act = ACTIVATIONS[self.activation]
+        y: Tensor = act(self.gate(x)) * self.up(x) if self.gated else act(self.up(x))
+        return y

@@ -68,6 +68,19 @@ class Experts(Unit):
         y = torch.cat(parts)[sorted_back].view(*chosen.shape, -1)
         return (y * weights.unsqueeze(-1)).sum(1)
 
+    def expand_chosen(self, ops: Ops, x: Value, chosen: Value) -> Value:
+        """x [N, d], chosen [N, k] -> what each chosen expert says [N, k, d], in ops of the block whose
+        `experts` these are.
+        """
+        copies = ops("spread", x, chosen)
+        inner = ops("expert_linear", copies, ops.stacked("experts.up", self.up), chosen)
+        if self.gated:
+            gate = ops("expert_linear", copies, ops.stacked("experts.gate", self.gate), chosen)
+            inner = ops("gate", ops("activate", gate, form=self.activation), inner)
+        else:
+            inner = ops("activate", inner, form=self.activation)
+        return ops("expert_linear", inner, ops.stacked("experts.down", self.down), chosen)
+
     def expert(self, x: Tensor, expert: int) -> Tensor:
         """x [n, d] through one expert -> [n, d]."""
         act = ACTIVATIONS[self.activation]
@@ -158,15 +171,8 @@ class MoE(Unit):
         scores = ops.inline("router", self.router, flat)
         settings = {"active": self.active, "renormalize": self.renormalize}
         weights, chosen = ops.many("route", scores, flat, **settings)
-        copies = ops("spread", flat, chosen)
-        inner = ops("expert_linear", copies, ops.stacked("experts.up", self.experts.up), chosen)
-        if self.gated:
-            gate = ops("expert_linear", copies, ops.stacked("experts.gate", self.experts.gate), chosen)
-            inner = ops("gate", ops("activate", gate, form=self.activation), inner)
-        else:
-            inner = ops("activate", inner, form=self.activation)
-        down = ops("expert_linear", inner, ops.stacked("experts.down", self.experts.down), chosen)
-        return ops("shape_like", ops("combine", down, weights), x)
+        said = self.experts.expand_chosen(ops, flat, chosen)
+        return ops("shape_like", ops("combine", said, weights), x)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

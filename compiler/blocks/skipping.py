@@ -6,13 +6,12 @@ stream behind a residual addition stays as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
 
-from effc.compiler.blocks.attention import Attention, attend
+from effc.compiler.blocks.attention import Attention, AttentionForm, attend
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.mlp import MLP, Activation
 from effc.compiler.blocks.rope import rotate, tables
@@ -46,40 +45,14 @@ class SkipAttention(Attention):
     def __init__(
         self,
         *,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
         least: int = 1,
         fill: bool = True,
         reach: int | None = None,
         horizon: int = 1,
-        bias: bool = False,
-        bias_o: bool = False,
-        rope: Mapping[str, Any] | None = None,
-        qk_norm: float = 0.0,
-        window: int | None = None,
-        causal: bool = True,
-        cap: float | None = None,
-        scale: float | None = None,
-        dtype: str = "float32",
+        **form: Unpack[AttentionForm],
     ) -> None:
-        super().__init__(
-            width=width,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            bias=bias,
-            bias_o=bias_o,
-            rope=rope,
-            qk_norm=qk_norm,
-            window=window,
-            causal=causal,
-            cap=cap,
-            scale=scale,
-            dtype=dtype,
-        )
-        if not causal:
+        super().__init__(**form)
+        if not self.causal:
             raise ValueError("who sees what comes cannot leave it out")
         self.least = least
         self.fill = fill

@@ -6,13 +6,12 @@ n learned pairs. Source: Parallel Scaling Law for Language Models, arXiv 2505.10
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effc.compiler.blocks.attention import Attention, attend
+from effc.compiler.blocks.attention import Attention, AttentionForm, attend
 from effc.compiler.blocks.linear import Linear
 from effc.compiler.blocks.rope import rotate, tables
 from effc.compiler.blocks.unit import DTYPES, Unit, empty
@@ -75,42 +74,20 @@ class PrefixAttention(Attention):
     def __init__(
         self,
         *,
-        width: int,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
         streams: int,
         prefix_length: int,
-        bias: bool = False,
-        bias_o: bool = False,
-        rope: Mapping[str, Any] | None = None,
-        qk_norm: float = 0.0,
-        window: int | None = None,
-        causal: bool = True,
-        cap: float | None = None,
-        scale: float | None = None,
-        dtype: str = "float32",
+        **form: Unpack[AttentionForm],
     ) -> None:
-        super().__init__(
-            width=width,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            bias=bias,
-            bias_o=bias_o,
-            rope=rope,
-            qk_norm=qk_norm,
-            window=window,
-            causal=causal,
-            cap=cap,
-            scale=scale,
-            dtype=dtype,
-        )
+        super().__init__(**form)
         self.streams = streams
         self.prefix_length = prefix_length
         if prefix_length:
             self.prefix = Prefix(
-                streams=streams, kv_heads=kv_heads, length=prefix_length, head_dim=head_dim, dtype=dtype
+                streams=streams,
+                kv_heads=self.kv_heads,
+                length=prefix_length,
+                head_dim=self.head_dim,
+                dtype=self.dtype,
             )
 
     def flops(self, mean: int) -> int:

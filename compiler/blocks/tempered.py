@@ -111,15 +111,8 @@ class Tempered(Unit):
         flat = ops("flatten", x)
         scores = ops.inline("router", self.router, flat)
         weights, chosen = ops.many("temper", scores, flat, act=self.act, tau=self.tau, least=self.least)
-        copies = ops("spread", flat, chosen)
-        inner = ops("expert_linear", copies, ops.stacked("experts.up", self.experts.up), chosen)
-        if self.gated:
-            gate = ops("expert_linear", copies, ops.stacked("experts.gate", self.experts.gate), chosen)
-            inner = ops("gate", ops("activate", gate, form=self.activation), inner)
-        else:
-            inner = ops("activate", inner, form=self.activation)
-        down = ops("expert_linear", inner, ops.stacked("experts.down", self.experts.down), chosen)
-        return ops("shape_like", ops("combine", down, weights), x)
+        said = self.experts.expand_chosen(ops, flat, chosen)
+        return ops("shape_like", ops("combine", said, weights), x)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])

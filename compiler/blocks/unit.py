@@ -178,9 +178,13 @@ def _of_a_package(name: str) -> type[Unit] | None:
 @cache
 def _arguments(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls.__init__)
-    return {
-        name: hints.get(name, Any) for name in inspect.signature(cls.__init__).parameters if name != "self"
-    }
+    found: dict[str, Any] = {}
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:  # **form: Unpack[AttentionForm]
+            found |= get_type_hints(get_args(hints[name])[0])
+        elif name != "self":
+            found[name] = hints.get(name, Any)
+    return found
 
 
 def arguments(cls: type[Unit]) -> dict[str, Any]:

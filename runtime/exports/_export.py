@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from effc.compiler.blocks import PatchEmbed
-from effc.compiler.exporter import left_behind
+from effc.compiler.emitted import left_behind
 from effc.compiler.model import Model
 from effc.compiler.presence import computed
 from effc.runtime.consumer import Answer

@@ -16,7 +16,8 @@ from effc.compiler.architecture import architecture
 from effc.compiler.blocks import Linear, LoraLinear, QuantLinear
 from effc.compiler.blocks.quant_linear import WHOLE, Packed
 from effc.compiler.checkpoint_write import write_folder
-from effc.compiler.exporter import emitted, inexpressible, stored_tensors
+from effc.compiler.emitted import emitted
+from effc.compiler.exporter import inexpressible, stored_tensors
 from effc.compiler.model import Model
 from effc.compiler.packing import pack
 from effc.compiler.presence import computed, loaded

@@ -11,7 +11,8 @@ import torch
 from pydantic import Field
 
 from effc.compiler.checkpoint_write import write_folder
-from effc.compiler.exporter import emitted, inexpressible, stored_names, stored_tensors
+from effc.compiler.emitted import emitted
+from effc.compiler.exporter import inexpressible, stored_names, stored_tensors
 from effc.compiler.importer import import_folder
 from effc.compiler.model import Model
 from effc.compiler.presence import computed

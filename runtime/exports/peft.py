@@ -14,7 +14,8 @@ from pydantic import Field
 
 from effc.compiler.blocks import LoraLinear
 from effc.compiler.checkpoint_write import write_file, write_folder
-from effc.compiler.exporter import emitted, inexpressible, stored_tensors
+from effc.compiler.emitted import emitted
+from effc.compiler.exporter import inexpressible, stored_tensors
 from effc.compiler.model import Model
 from effc.compiler.presence import cast_lazily, computed
 from effc.compiler.rewrite import Rewriter

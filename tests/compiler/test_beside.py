@@ -12,7 +12,8 @@ from torch import Tensor
 
 from effc.compiler.checkpoint import read_folder
 from effc.compiler.checkpoint_write import write_folder
-from effc.compiler.exporter import emitted, left_behind, stored_tensors
+from effc.compiler.emitted import emitted, left_behind
+from effc.compiler.exporter import stored_tensors
 from effc.compiler.importer import import_folder
 from effc.compiler.method import Outcome
 from effc.compiler.model import Model

@@ -13,7 +13,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from effc.compiler.assemble import assemble
 from effc.compiler.blocks import Attention, Embedding, Linear, MoE, Unit
+from effc.compiler.blocks.attention import AttentionForm
+from effc.compiler.blocks.echo_attention import LeadAttention
+from effc.compiler.blocks.gated_attention import GatedAttention
 from effc.compiler.blocks.rope import checked, frequencies, rotated
+from effc.compiler.blocks.skipping import SkipAttention
+from effc.compiler.blocks.streams import PrefixAttention
+from effc.compiler.blocks.unit import arguments
 from effc.compiler.cost import count
 from effc.compiler.model import Model
 
@@ -191,3 +197,15 @@ def test_unused_names_do_not_slip_in() -> None:
     with pytest.raises(TypeError, match="unexpected keyword"):
         Embedding(vocab=4, width=4, positoins=3)  # type: ignore[call-arg]
     assert Linear(in_features=2, out_features=3).weight.is_meta
+
+
+def test_blocks_that_extend_attention_take_all_that_it_takes() -> None:
+    form = arguments(Attention)
+    assert AttentionForm.__annotations__.keys() == form.keys()
+    for block in (GatedAttention, LeadAttention, PrefixAttention, SkipAttention):
+        assert form.items() <= arguments(block).items()
+    given = {"type": "GatedAttention", "width": 8, "heads": 2, "head_dim": 4}
+    with pytest.raises(ValueError, match="kv_heads"):
+        Unit.from_spec(given)
+    with pytest.raises(ValueError, match="cap cannot be"):
+        Unit.from_spec(given | {"kv_heads": 2, "cap": "low"})

@@ -13,7 +13,8 @@ from torch import Tensor
 from effc.compiler.architecture import architecture
 from effc.compiler.checkpoint import read_folder
 from effc.compiler.checkpoint_write import write_folder
-from effc.compiler.exporter import emitted, inexpressible, stored_tensors
+from effc.compiler.emitted import emitted
+from effc.compiler.exporter import inexpressible, stored_tensors
 from effc.compiler.importer import build, import_folder
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter

@@ -13,7 +13,7 @@ from torch import Tensor
 from effc.compiler.blocks import Attention
 from effc.compiler.blocks.rope import rotated
 from effc.compiler.checkpoint import read_folder
-from effc.compiler.exporter import emitted
+from effc.compiler.emitted import emitted
 from effc.compiler.importer import TOKENIZER_FILES, import_folder
 from effc.compiler.model import Model
 from effc.runtime.exports.hf import Hf

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from effc.compiler.exporter import emitted, inexpressible
+from effc.compiler.emitted import emitted
+from effc.compiler.exporter import inexpressible
 from effc.compiler.importer import import_folder
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter

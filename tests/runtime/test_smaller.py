@@ -10,7 +10,8 @@ import torch
 
 from effc.compiler.architecture import architecture
 from effc.compiler.blocks import MoE
-from effc.compiler.exporter import emitted, inexpressible
+from effc.compiler.emitted import emitted
+from effc.compiler.exporter import inexpressible
 from effc.compiler.importer import build
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
