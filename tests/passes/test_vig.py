@@ -46,25 +46,30 @@ def linear(**settings: Any) -> Model:
     return run_stage(ViG(**settings), [encoder()], Context(seed=1)).model
 
 
-def test_two_scans_are_two_recurrences() -> None:
-    model = widened(linear(inject=False))
-    block: Any = model.module("layers.0.attention")
-    x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    local = torch.nn.functional.silu(block.local(x[:, 1:]))
-    tokens = torch.cat((x[:, :1], local), 1)
+def by_recurrences(block: Any, x: Tensor) -> Tensor:
+    """What a block without injection gives for x [B, 1 + N, d]: its two recurrences, token by token."""
+    batch, length = x.shape[:2]
+    tokens = torch.cat((x[:, :1], torch.nn.functional.silu(block.local(x[:, 1:]))), 1)
 
     def split(t: Tensor) -> Tensor:
-        return t.view(2, 17, 4, -1).transpose(1, 2)
+        return t.view(batch, length, block.heads, -1).transpose(1, 2)
 
     q, k, v = (split(m(tokens)) for m in (block.q, block.k, block.v))
-    gates = torch.nn.functional.logsigmoid(block.forget_up(block.forget_down(tokens))) / 16
+    gates = torch.nn.functional.logsigmoid(block.forget_up(block.forget_down(tokens))) / block.gate_div
     there, back = (split(g) for g in gates.chunk(2, -1))
     one, _ = recurrent(q, k, v, there)
     two, _ = recurrent(*(t.flip(2) for t in (q, k, v, back)))
     o = (one + two.flip(2)) / 2 / block.key_dim**0.5
-    want = block.o(block.norm(o.transpose(1, 2).flatten(2)) * torch.sigmoid(block.gate(x)))
+    out: Tensor = block.o(block.norm(o.transpose(1, 2).flatten(2)) * torch.sigmoid(block.gate(x)))
+    return out
+
+
+def test_two_scans_are_two_recurrences() -> None:
+    model = widened(linear(inject=False))
+    block: Any = model.module("layers.0.attention")
+    x = torch.randn(2, 17, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     got = block(x, model.step(images().double()))
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(got, by_recurrences(block, x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("inject", [True, False])
