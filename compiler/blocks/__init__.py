@@ -3,6 +3,8 @@
 from effc.compiler.blocks.attention import Attention
 from effc.compiler.blocks.averaged import Averaged
 from effc.compiler.blocks.carved import Carved, Channels
+from effc.compiler.blocks.coded_attention import CodedAttention
+from effc.compiler.blocks.coded_linear import CodedLinear
 from effc.compiler.blocks.embedding import Embedding, Table
 from effc.compiler.blocks.hashed_linear import HashedLinear
 from effc.compiler.blocks.head import Scale, Softcap
@@ -28,6 +30,8 @@ __all__ = [
     "Averaged",
     "Carved",
     "Channels",
+    "CodedAttention",
+    "CodedLinear",
     "Embedding",
     "Experts",
     "GatedLora",
