@@ -1,10 +1,11 @@
-"""The attention blocks that a linearizing method changes, and those that it cannot."""
+"""The attention blocks that a linearizing method changes, those that it cannot, and how new ones begin."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from pydantic import Field
+from torch import Tensor, nn
 
 from effc.compiler.blocks.attention import Attention
 from effc.compiler.model import Model
@@ -44,3 +45,17 @@ class Blocks(Selects):
                 notes=(f"{some(both)} of an encoder sees what comes as well",),
                 help="use a decoder",
             )
+
+
+def begun(block: nn.Module, first: Callable[[str, str, Tensor], Tensor], kept: Collection[str] = ()) -> None:
+    """Give a block its first values: `first(child, slot, empty tensor)` for each, `kept` children as is."""
+    for name, tensor in list(block.named_parameters()):
+        inner, _, slot = name.rpartition(".")
+        if inner not in kept:
+            fresh = nn.Parameter(first(inner, slot, tensor), requires_grad=False)
+            setattr(block.get_submodule(inner), slot, fresh)
+
+
+def depth_scale(child: str, layers: int) -> float:
+    """What first values are divided by: sqrt(2 layers) for what writes into the stream, which adds up."""
+    return (2 * layers) ** 0.5 if child == "o" else 1.0

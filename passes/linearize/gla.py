@@ -7,7 +7,6 @@ from typing import Literal, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from effc.compiler.blocks.attention import Attention
 from effc.compiler.blocks.gated_linear_attention import GatedLinearAttention
@@ -15,7 +14,7 @@ from effc.compiler.contract import HEALED, Contract, Fact
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
-from effc.passes.linearize._blocks import Blocks
+from effc.passes.linearize._blocks import Blocks, begun, depth_scale
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 from effc.specs.units import Count
@@ -98,11 +97,7 @@ class GLA(Blocks, Rewrite):
         layers = rw.model.layers
         for path in self.blocks(rw.model):
             block = self._block(rw.module(path))
-            for name, tensor in list(block.named_parameters()):
-                inner, _, slot = name.rpartition(".")
-                deep = (2 * layers) ** 0.5 if inner == "o" else 1.0
-                place = block.get_submodule(inner)
-                setattr(place, slot, nn.Parameter(_drawn(tensor, inner, deep), requires_grad=False))
+            begun(block, lambda child, slot, tensor: _drawn(tensor, child, depth_scale(child, layers)))
             rw.swap(path, block)
 
     def _block(self, old: Attention) -> GatedLinearAttention:

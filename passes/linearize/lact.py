@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import ConfigDict, Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from effc.compiler.blocks.attention import Attention
 from effc.compiler.blocks.lact_attention import LactAttention
@@ -15,7 +16,7 @@ from effc.compiler.contract import HEALED, Contract, Fact
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
-from effc.passes.linearize._blocks import Blocks
+from effc.passes.linearize._blocks import Blocks, begun
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 from effc.specs.units import Count
@@ -113,12 +114,7 @@ class LaCT(Blocks, Rewrite):
         for path in self.blocks(rw.model):
             old = rw.module(path)
             block = self._block(old)
-            for name, tensor in list(block.named_parameters()):
-                inner, _, slot = name.rpartition(".")
-                if inner in old._modules:
-                    continue
-                fresh = _first(block, inner, slot, tensor)
-                setattr(block.get_submodule(inner), slot, nn.Parameter(fresh, requires_grad=False))
+            begun(block, partial(_first, block), kept=old._modules)
             rw.swap(path, block)
 
     def _block(self, old: Attention) -> LactAttention:

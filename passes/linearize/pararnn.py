@@ -14,7 +14,7 @@ from effc.compiler.contract import HEALED, Contract, Fact
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
-from effc.passes.linearize._blocks import Blocks
+from effc.passes.linearize._blocks import Blocks, begun, depth_scale
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 from effc.specs.units import Count
@@ -89,10 +89,7 @@ class ParaRNNSwap(Blocks, Rewrite):
         layers = rw.model.layers
         for path in self.blocks(rw.model):
             block = self._block(rw.module(path))
-            for name, tensor in list(block.named_parameters()):
-                inner, _, slot = name.rpartition(".")
-                fresh = _first(inner, slot, tensor, layers)
-                setattr(block.get_submodule(inner), slot, nn.Parameter(fresh, requires_grad=False))
+            begun(block, lambda child, slot, tensor: _first(child, slot, tensor, layers))
             rw.swap(path, block)
 
     def _block(self, old: nn.Module) -> ParaRNN:
@@ -114,6 +111,5 @@ def _first(name: str, slot: str, tensor: Tensor, layers: int) -> Tensor:
         return torch.zeros(tensor.shape, dtype=tensor.dtype)
     if name == "peep":
         return (torch.rand(tensor.shape) - 0.5).to(tensor.dtype)
-    deep = (2 * layers) ** 0.5 if name == "o" else 1.0
-    drawn: Tensor = torch.randn(tensor.shape) / (tensor.shape[-1] ** 0.5 * deep)
+    drawn: Tensor = torch.randn(tensor.shape) / (tensor.shape[-1] ** 0.5 * depth_scale(name, layers))
     return drawn.to(tensor.dtype)

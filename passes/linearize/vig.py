@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from effc.compiler.blocks import PatchEmbed
 from effc.compiler.blocks.attention import Attention
@@ -17,7 +17,7 @@ from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
 from effc.passes._dense import some
-from effc.passes.linearize._blocks import Blocks
+from effc.passes.linearize._blocks import Blocks, begun, depth_scale
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 from effc.specs.units import Count
@@ -95,11 +95,7 @@ class ViG(Blocks, Rewrite):
         layers = rw.model.layers
         for path in self.blocks(rw.model):
             block = self._block(rw.model, rw.module(path))
-            for name, tensor in list(block.named_parameters()):
-                inner, _, slot = name.rpartition(".")
-                deep = (2 * layers) ** 0.5 if inner == "o" else 1.0
-                fresh = _drawn(tensor, inner, deep)
-                setattr(block.get_submodule(inner), slot, nn.Parameter(fresh, requires_grad=False))
+            begun(block, lambda child, slot, tensor: _drawn(tensor, child, depth_scale(child, layers)))
             rw.swap(path, block)
 
     def _block(self, model: Model, old: Attention) -> VigAttention:

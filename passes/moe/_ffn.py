@@ -15,7 +15,7 @@ from effc.compiler.blocks.unit import Unit
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.roles import layer_of
-from effc.passes._dense import some
+from effc.passes._dense import finite, some
 from effc.specs.diagnostic import Diagnostic
 
 
@@ -59,6 +59,24 @@ def seeded(name: str) -> torch.Generator:
     """Random numbers of one block or tensor, by the seed of the stage: no other's depend on them."""
     digest = hashlib.sha256(f"{torch.initial_seed()}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def filled(moe: MoE, name: str, blocks: Sequence[MLP], router_std: float, dice: torch.Generator) -> MoE:
+    """The mixture with `blocks` as its experts and a router of deviation `router_std`; on meta still empty.
+
+    Raises:
+        EffcError: E420 for a weight that is not finite, by the `name` of the block.
+    """
+    if blocks[0].up.weight.is_meta:
+        return moe
+    router = torch.randn(moe.n_experts, moe.width, generator=dice) * router_std
+    moe.router.weight = parameter(router.to(blocks[0].up.weight.dtype))
+    for part in ("gate", "up", "down") if moe.gated else ("up", "down"):
+        for block in dict.fromkeys(blocks):
+            finite(f"{name}.{part}", getattr(block, part).weight.detach())
+        stacked = torch.stack([getattr(block, part).weight.detach() for block in blocks])
+        getattr(moe.experts, part).weight = parameter(stacked)
+    return moe
 
 
 def replaced(rw: Rewriter, path: str, unit: Unit, detail: str) -> str:

@@ -17,8 +17,7 @@ from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
-from effc.passes._dense import finite
-from effc.passes.moe._ffn import feed_forwards, parameter, replaced, seeded, unfit
+from effc.passes.moe._ffn import feed_forwards, filled, parameter, replaced, seeded, unfit
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 
@@ -110,21 +109,13 @@ class Upcycle(Rewrite):
             capacity=0.0 if self.capacity == "dropless" else float(self.capacity),
             dtype=dense.dtype,
         )
-        if dense.up.weight.is_meta:
-            return moe
-        router = torch.randn(self.experts, dense.width, generator=dice) * self.router_std
-        moe.router.weight = parameter(router.to(dense.up.weight.dtype))
-        for name in ("gate", "up", "down") if dense.gated else ("up", "down"):
-            weight: Tensor = getattr(dense, name).weight.detach()
-            finite(f"{path}.{name}", weight)
-            copies = weight.expand(self.experts, -1, -1)
-            getattr(moe.experts, name).weight = parameter(self._parted(copies, dice))
+        filled(moe, path, [dense] * self.experts, self.router_std, dice)
+        for expert in moe.experts.children() if self.noise and not dense.up.weight.is_meta else ():
+            expert.weight = parameter(self._parted(expert.weight, dice))  # type: ignore[arg-type]
         return moe
 
     def _parted(self, copies: Tensor, dice: torch.Generator) -> Tensor:
         """copies [E, o, i] with noise of their own; a weight that is zero stays zero."""
-        if not self.noise:
-            return copies.contiguous()
         drawn = torch.randn(copies.shape, generator=dice) * (self.noise * float(copies[0].float().std()))
         return torch.where(copies == 0, 0.0, copies.float() + drawn).to(copies.dtype)
 

@@ -18,8 +18,7 @@ from effc.compiler.method import Work
 from effc.compiler.model import Model
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Rewrite
-from effc.passes._dense import finite
-from effc.passes.moe._ffn import feed_forwards, parameter, replaced, seeded, unfit
+from effc.passes.moe._ffn import feed_forwards, filled, replaced, seeded, unfit
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
 
@@ -142,16 +141,7 @@ class WideNet(Rewrite):
             capacity=0.0 if self.capacity == "dropless" else float(self.capacity),
             dtype=first.dtype,
         )
-        if first.up.weight.is_meta:
-            return moe
-        drawn = torch.randn(self.experts, first.width, generator=seeded(name)) * self.router_std
-        moe.router.weight = parameter(drawn.to(first.up.weight.dtype))
-        for part in ("gate", "up", "down") if first.gated else ("up", "down"):
-            weights = [getattr(block, part).weight.detach() for block in blocks]
-            for weight in weights:
-                finite(f"{name}.{part}", weight)
-            getattr(moe.experts, part).weight = parameter(torch.stack(weights))
-        return moe
+        return filled(moe, name, blocks, self.router_std, seeded(name))
 
     def work(self, model: Model, seq: int = 0) -> Work:
         nbytes = sum(t.numel() * t.element_size() for t in model.tensors().values())
