@@ -155,11 +155,11 @@ def mergekit(python: str, job: str, folders: Sequence[Path], out: Path) -> list[
 
 
 def watched(command: Sequence[str]) -> tuple[Found, str]:
-    """Run a command; what it and its children took, and what it printed."""
-    cached = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # as where it is installed
+    """Run a command, with its bytecode kept as where it is installed; what it took, and what it printed."""
+    installed = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as wrong:
-        child = subprocess.Popen(command, stdout=said, stderr=wrong, env=cached)
+        child = subprocess.Popen(command, stdout=said, stderr=wrong, env=installed)
         while True:
             pid, status, used = os.wait4(child.pid, os.WNOHANG)
             if pid:
