@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from effc.kernels.binary_planes.emit_c import emit, table_numbers
+from effc.kernels.binary_planes.emit_c import emit
 from effc.kernels.binary_planes.spec import BinaryPlanesSpec
 from effc.kernels.cpu.entry import launch
 from effc.kernels.cpu.isa import Isa
@@ -30,7 +30,7 @@ def binary_planes(
     """
     m, k = x.shape
     runs = scales.shape[2] if spec.side == "columns" else 1
-    y, tables = torch.empty(m, n), torch.empty(table_numbers(spec, runs, k))
+    y = torch.empty(m, n)
     more = [given[name] for name in operands(spec.epilogue)]
-    launch(emit(spec), spec.op, isa, threads, x, words, scales, tables, y, m, n, k, runs, *more)
+    launch(emit(spec), spec.op, isa, threads, x, words, scales, y, m, n, k, runs, *more)
     return y

@@ -1,7 +1,9 @@
 """binary_planes in C: sums of four activations with every sign in a vector, looked up by four bits of a row.
 
 For four columns there are 16 sums of +-x; they are the lanes of one vector, so that one instruction looks up
-those of 16 rows. Lookups, additions and shifts are all that remains of the product.
+those of 16 rows. Lookups, additions and shifts are all that remains of the product. The sums are made where
+they are used and never stored: what a plane's own scales would multiply, x, is another for each plane, so
+with side = columns several blocks of rows share them.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ from effc.kernels.cpu.entry import self_contained
 from effc.kernels.epilogue import EPILOGUES, operands
 
 QUADS = STRIDE // 4
+SEVERAL = 4
+"""Blocks that share sums where registers hold theirs; proved bit-equal to one alone, so not in the spec."""
 LOOKUP = r"""
 #ifndef LOOKUP
 #define LOOKUP
+#define EVERY _Pragma("GCC unroll 16")
 /* lane i = table[words[i] % 16] */
 INLINE f32x16 lookup(f32x16 table, u32x16 words) {
 #if defined(__AVX512F__)
@@ -48,136 +53,151 @@ INLINE f32x16 sums_with_signs(const float *x) {
   return (s0 * x[0] + s1 * x[1]) + (s2 * x[2] + s3 * x[3]);
 }
 /* 2^e, 0 for e = -128 */
-INLINE float power(int8_t e) {
-  uint32_t bits = e == -128 ? 0 : (uint32_t)(e + 127) << 23;
-  float v; memcpy(&v, &bits, 4);
-  return v;
-}
 INLINE f32x16 powers(const int8_t *p) {
   i8x16 b; memcpy(&b, p, sizeof b);
   i32x16 e = __builtin_convertvector(b, i32x16);
   return (f32x16)((u32x16)((e + 127) << 23) & (u32x16)(e != -128));
 }
-INLINE float half_float(const uint16_t *p) {
-  uint16_t row[16] = {0};
-  row[0] = *p;
-  return load_f16(row)[0];
-}
+/* the first of 16 numbers, as many as there are */
+INLINE f32x16 some(const float *p, long count) { return count > 0 ? take(p, count) : all(0.0f); }
 #endif
 """
 
 
 def function(spec: BinaryPlanesSpec) -> str:
-    """Two functions, with a meeting of the members between them, for one row of x.
-
-    `tables_<key>`: quads first to last of tables, each of 16 sums; `binary_planes_<key>`: blocks of 64 rows
-    of W first to last -> y.
-    """
-    takes = "".join(f", const float *RESTRICT {name}" for name in operands(spec.epilogue))
-    body = _columns(spec) if spec.side == "columns" else _rows(spec)
-    chain = "\n".join(f"      a = {EPILOGUES[name].c};" for name in spec.epilogue)
-    return f"""{LOOKUP}
-{_tables(spec)}
-static void binary_planes_{spec.key}(const float *RESTRICT tables, const uint32_t *RESTRICT words,
-    const {_kind(spec)} *RESTRICT scales, float *RESTRICT y{takes}, long m, long N, long K,
-    long first, long last) {{
-  const long strides = (K + {STRIDE - 1}) / {STRIDE};
+    """`binary_planes_<key>` on blocks of 64 rows of W first to last, for M rows of x."""
+    names = operands(spec.epilogue)
+    takes = "".join(f", const float *RESTRICT {name}" for name in names)
+    gives = "".join(f", {name}" for name in names)
+    given = f"x, words, scales, y{gives}, N, K"
+    each = f"for (long m = 0; m < M; m++) blocks1_{spec.key}(m, block, {given}, runs);"
+    if spec.side == "rows":
+        return f"""{LOOKUP}{_rows(spec, takes)}
+{_begin(spec, takes)}
+  for (long block = first; block < last; block++)
+    {each}
+}}
+"""
+    same = f" && (block + {SEVERAL - 1}) * {BLOCK} / {spec.share} == block * {BLOCK} / {spec.share}"
+    return f"""{LOOKUP}{_columns(spec, 1, takes)}
+#if defined(__AVX512F__)   /* where the registers hold the sums of several blocks */
+{_columns(spec, SEVERAL, takes)}
+#endif
+{_begin(spec, takes)}
   for (long block = first; block < last; block++) {{
-    const uint32_t *w = words + block * strides * {spec.planes * BLOCK};
-    f32x16 f[4] = {{{{0}}}};
-{body}
-    for (int v = 0; v < 4; v++) {{
-      const long n = block * {BLOCK} + 16 * v, count = N - n < 16 ? N - n : 16;
-      if (count <= 0) break;
-      f32x16 a = f[v];
-{chain}
-      give(y + m * N + n, a, count);
+#if defined(__AVX512F__)
+    if (block + {SEVERAL} <= last{same if spec.share else ""}) {{
+      for (long m = 0; m < M; m++) blocks{SEVERAL}_{spec.key}(m, block, {given}, runs);
+      block += {SEVERAL - 1};
+      continue;
     }}
+#endif
+    {each}
   }}
 }}
 """
+
+
+def _begin(spec: BinaryPlanesSpec, takes: str) -> str:
+    return f"""static void binary_planes_{spec.key}(
+    const float *RESTRICT x, const uint32_t *RESTRICT words, const {_kind(spec)} *RESTRICT scales,
+    float *RESTRICT y{takes}, long M, long N, long K, long runs, long first, long last) {{"""
 
 
 def _kind(spec: BinaryPlanesSpec) -> str:
     return "uint16_t" if spec.scale == "float16" else "int8_t"
 
 
-def _tables(spec: BinaryPlanesSpec) -> str:
-    """Sums for four columns: of x alone, or of x times the scales of a plane and a run of rows."""
-    if spec.side == "rows":
-        scaled, which = "x[k]", ""
-    else:
-        which = f"const long of = q / quads, p = of % {spec.planes}, run = of / {spec.planes};"
-        each = " + ".join(
-            f"power(scales[((p * {spec.terms} + {t}) * runs + run) * K + k])" for t in range(spec.terms)
-        )
-        each = each if spec.scale == "pow2" else "half_float(scales + (p * runs + run) * K + k)"
-        scaled = f"x[k] * ({each})"
+def _one(spec: BinaryPlanesSpec, blocks: int, takes: str) -> str:
+    """The head of the function of one row of x and some blocks, and where it stands in them."""
     return f"""
-static void tables_{spec.key}(const float *RESTRICT x, const {_kind(spec)} *RESTRICT scales, long runs,
-    float *RESTRICT tables, long K, long first, long last) {{
-  const long quads = (K + {STRIDE - 1}) / {STRIDE} * {QUADS};
-  for (long q = first; q < last; q++) {{
-    {which}
-    float four[4] = {{0}};
-    for (int b = 0; b < 4; b++) {{
-      const long k = 4 * (q % quads) + b;
-      if (k < K) four[b] = {scaled};
+static void blocks{blocks}_{spec.key}(long m, long block,
+    const float *RESTRICT x, const uint32_t *RESTRICT words, const {_kind(spec)} *RESTRICT scales,
+    float *RESTRICT y{takes}, long N, long K, long runs) {{
+  const long strides = (K + {STRIDE - 1}) / {STRIDE}, apart = strides * {spec.planes * BLOCK};
+  const uint32_t *w = words + block * apart;
+  x += m * K;
+  f32x16 f[{4 * blocks}];
+  EVERY for (int v = 0; v < {4 * blocks}; v++) f[v] = all(0.0f);"""
+
+
+def _columns(spec: BinaryPlanesSpec, blocks: int, takes: str) -> str:
+    """Scales go into x, plane by plane; blocks of one run of rows have the same sums."""
+    run = f"block * {BLOCK} / {spec.share}" if spec.share else "0"
+    at = f"(p * {spec.terms} + {{term}}) * runs * padded + 16 * i"
+    load = "load_f16" if spec.scale == "float16" else "powers"
+    value = " + ".join(f"{load}(a + {at.format(term=term)})" for term in range(spec.terms))
+    return f"""{_one(spec, blocks, takes)}
+  const long padded = strides * {STRIDE};
+  const {_kind(spec)} *a = scales + {run} * padded;
+  for (long k = 0; k < K; k += {STRIDE}, a += {STRIDE}) {{
+    const f32x16 own[2] = {{some(x + k, K - k), some(x + k + 16, K - k - 16)}};
+    for (int p = 0; p < {spec.planes}; p++, w += {BLOCK}) {{
+      float scaled[{STRIDE}];
+      EVERY for (int i = 0; i < 2; i++) store(scaled + 16 * i, own[i] * ({value}));
+      EVERY for (int s = 0; s < {QUADS}; s++) {{
+        const f32x16 sums = sums_with_signs(scaled + 4 * s);
+        EVERY for (int v = 0; v < {4 * blocks}; v++)
+          f[v] += lookup(sums, load_words(w + v / 4 * apart + v % 4 * 16) >> 4 * s);
+      }}
     }}
-    store(tables + 16 * q, sums_with_signs(four));
   }}
+{_finish(spec, blocks)}
 }}
 """
 
 
-def _stride(into: str, table: str, indent: str) -> str:
-    """The 32 columns of a word for 64 rows."""
-    return f"""{indent}u32x16 bits[4];
-{indent}for (int v = 0; v < 4; v++) bits[v] = load_words(w + 16 * v);
-{indent}for (int s = 0; s < {QUADS}; s++) {{
-{indent}  const f32x16 sums = load({table} + 16 * s);
-{indent}  for (int v = 0; v < 4; v++) {{ {into}[v] += lookup(sums, bits[v]); bits[v] >>= 4; }}
-{indent}}}
-{indent}w += {BLOCK};"""
-
-
-def _columns(spec: BinaryPlanesSpec) -> str:
-    run = f"block * {BLOCK} / {spec.share}" if spec.share else "0"
-    return f"""    const float *t = tables + {run} * {spec.planes} * strides * {QUADS * 16};
-    for (long k = 0; k < strides; k++)
-      for (int p = 0; p < {spec.planes}; p++) {{
-        const float *at = t + (p * strides + k) * {QUADS * 16};
-{_stride("f", "at", "        ")}
-      }}"""
-
-
-def _rows(spec: BinaryPlanesSpec) -> str:
+def _rows(spec: BinaryPlanesSpec, takes: str) -> str:
+    """Scales multiply the sums of a plane, so that all planes look up the same."""
     per = spec.planes * spec.terms * BLOCK
-    values = (
-        f"load_f16(a + p * {BLOCK} + 16 * v)"
-        if spec.scale == "float16"
-        else " + ".join(f"powers(a + (p * {spec.terms} + {t}) * {BLOCK} + 16 * v)" for t in range(spec.terms))
+    load = "load_f16" if spec.scale == "float16" else "powers"
+    values = " + ".join(
+        f"{load}(a + (p * {spec.terms} + {term}) * {BLOCK} + 16 * v)" for term in range(spec.terms)
     )
-    width = f"{spec.share // STRIDE}" if spec.share else "strides"
-    return f"""    const long width = {width}, groups = strides / width;
-    for (long g = 0; g < groups; g++) {{
-      const {_kind(spec)} *a = scales + (block * groups + g) * {per};
-      f32x16 sum[{spec.planes}][4] = {{{{{{0}}}}}};
-      for (long k = g * width; k < (g + 1) * width; k++)
-        for (int p = 0; p < {spec.planes}; p++) {{
-          const float *at = tables + k * {QUADS * 16};
-{_stride("sum[p]", "at", "          ")}
-        }}
-      for (int p = 0; p < {spec.planes}; p++)
-        for (int v = 0; v < 4; v++) f[v] += sum[p][v] * ({values});
-    }}"""
+    width = f"{spec.share}L" if spec.share else "K"
+    return f"""{_one(spec, 1, takes)}
+  const long width = {width}, groups = K / width;
+  for (long g = 0; g < groups; g++) {{
+    const {_kind(spec)} *a = scales + (block * groups + g) * {per};
+    f32x16 sum[{spec.planes}][4];
+    EVERY for (int p = 0; p < {spec.planes}; p++)
+      EVERY for (int v = 0; v < 4; v++) sum[p][v] = all(0.0f);
+    for (long k = g * width; k < (g + 1) * width; k += {STRIDE}, w += {spec.planes * BLOCK}) {{
+      float own[{STRIDE}];
+      EVERY for (int i = 0; i < 2; i++) store(own + 16 * i, some(x + k + 16 * i, K - k - 16 * i));
+      EVERY for (int s = 0; s < {QUADS}; s++) {{
+        const f32x16 sums = sums_with_signs(own + 4 * s);
+        EVERY for (int p = 0; p < {spec.planes}; p++)
+          EVERY for (int v = 0; v < 4; v++)
+            sum[p][v] += lookup(sums, load_words(w + p * {BLOCK} + 16 * v) >> 4 * s);
+      }}
+    }}
+    EVERY for (int p = 0; p < {spec.planes}; p++)
+      EVERY for (int v = 0; v < 4; v++) f[v] += sum[p][v] * ({values});
+  }}
+{_finish(spec, 1)}
+}}
+"""
+
+
+def _finish(spec: BinaryPlanesSpec, blocks: int) -> str:
+    """The epilogue on each vector, then the store."""
+    lines = [
+        f"EVERY for (int v = 0; v < {4 * blocks}; v++) {{",
+        f"  const long n = block * {BLOCK} + 16 * v, count = N - n < 16 ? N - n : 16;",
+        "  if (count <= 0) break;",
+        "  f32x16 a = f[v];",
+        *(f"  a = {EPILOGUES[name].c};" for name in spec.epilogue),
+        "  give(y + m * N + n, a, count);",
+        "}",
+    ]
+    return "\n".join("  " + line for line in lines)
 
 
 FIELDS = {
     "x": "const float *",
     "words": "const uint32_t *",
     "scales": "const void *",
-    "tables": "float *",
     "y": "float *",
     "M": "long",
     "N": "long",
@@ -188,25 +208,11 @@ FIELDS = {
 
 @cache
 def emit(spec: BinaryPlanesSpec) -> str:
-    """The self-contained file; rows of x come one after another, on one set of tables."""
+    """The self-contained file; operands of the epilogue come last."""
     names = operands(spec.epilogue)
     gives = "".join(f", a->{name}" for name in names)
-    sets = f"a->runs * {spec.planes}" if spec.side == "columns" else "1"
-    work = f"""  const long quads = {sets} * ((a->K + {STRIDE - 1}) / {STRIDE} * {QUADS});
-  const long blocks = (a->N + {BLOCK - 1}) / {BLOCK};
-  for (long m = 0; m < a->M; m++) {{
-    tables_{spec.key}(a->x + m * a->K, a->scales, a->runs, a->tables, a->K,
-                      quads * member / members, quads * (member + 1) / members);
-    a->team->meet(members);
-    binary_planes_{spec.key}(a->tables, a->words, a->scales, a->y{gives}, m, a->N, a->K,
-                             blocks * member / members, blocks * (member + 1) / members);
-    a->team->meet(members);
-  }}"""
+    work = f"""  const long blocks = (a->N + {BLOCK - 1}) / {BLOCK};
+  binary_planes_{spec.key}(a->x, a->words, a->scales, a->y{gives}, a->M, a->N, a->K, a->runs,
+                           blocks * member / members, blocks * (member + 1) / members);"""
     fields = FIELDS | dict.fromkeys(names, "const float *")
     return self_contained(spec, function(spec), fields, work)
-
-
-def table_numbers(spec: BinaryPlanesSpec, runs: int, k: int) -> int:
-    """Floats of the tables of one row of x."""
-    sets = runs * spec.planes if spec.side == "columns" else 1
-    return sets * -(-k // STRIDE) * QUADS * 16

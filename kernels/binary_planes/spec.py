@@ -23,7 +23,7 @@ class BinaryPlanesSpec(KernelSpec, frozen=True):
     """
 
     op: ClassVar[str] = "binary_planes"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     planes: int = Field(ge=1, le=4)
     side: Literal["columns", "rows"] = "columns"
@@ -57,9 +57,10 @@ class BinaryPlanesSpec(KernelSpec, frozen=True):
 
     def bytes(self, n: int, k: int) -> int:
         """Bytes of signs and scales of W [n, k], which is what batch-1 decoding must read."""
-        a, b = self.grid(n, k)
+        rows, columns = -(-n // BLOCK) * BLOCK, -(-k // STRIDE) * STRIDE
+        a, b = self.grid(n, columns) if self.side == "columns" else self.grid(rows, k)
         size = 2 if self.scale == "float16" else self.terms
-        return self.planes * (-(-n // BLOCK) * BLOCK * (-(-k // STRIDE) * STRIDE) // 8 + size * a * b)
+        return self.planes * (rows * columns // 8 + size * a * b)
 
 
 def refuses(spec: BinaryPlanesSpec, n: int, k: int) -> str | None:

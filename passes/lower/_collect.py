@@ -13,8 +13,8 @@ from effc.passes.lower._reading import Reading
 from effc.passes.lower._recurrences import RECURRENCES, WORDLESS
 
 _WORDLESS = frozenset(
-    {"weight", "dequantize", "stack", "heads", "heads_first", "rope", "visible", "positions", "shift",
-     "token_types", "repeat"}
+    {"weight", "dequantize", "planes", "stack", "heads", "heads_first", "rope", "visible", "positions",
+     "shift", "token_types", "repeat"}
 )  # fmt: skip
 """Ops that are read where their results are used, and give no job of their own."""
 _SAME = frozenset({"cast_like", "cast_to", "flatten", "shape_like", "join_heads"})

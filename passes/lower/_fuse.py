@@ -32,7 +32,7 @@ def pair_gate_and_up(jobs: Jobs) -> None:
         if not isinstance(gate, Linear) or gate.reads != up.reads or gate.epilogue or up.epilogue:
             continue
         (first,), (second,) = gate.matrices, up.matrices
-        if first.kind != second.kind or first.rows != second.rows:
+        if first.kind != second.kind or first.rows != second.rows or first.planes is not None:
             continue
         joined = replace(
             gate, writes=list(product.writes), paths=gate.paths + up.paths, matrices=[first, second],
@@ -85,7 +85,8 @@ def scale_in_linear(jobs: Jobs) -> None:
             continue
         matrix = linear.matrices[0]
         exact = matrix.dtype == "float32" or abs(frexp(scale.number)[0]) == 0.5
-        if matrix.quantized is None and exact and not linear.paired:
+        plain = matrix.quantized is None and matrix.planes is None
+        if plain and exact and not linear.paired:
             linear.matrices = [replace(matrix, factor=matrix.factor * scale.number)]
             _absorb(jobs, linear, scale)
 

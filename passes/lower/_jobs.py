@@ -23,6 +23,8 @@ class Matrix:
     bias: str | None = None
     quantized: tuple[int, int, bool, str] | None = None
     """(bits, group or 0 for a whole row, symmetric, dtype of the scales) of packed weights"""
+    planes: tuple[int, int, int, int] | None = None
+    """(planes, runs of rows, runs of columns, powers of two in a scale or 0 for half precision) of signs"""
     dtype: str = "float32"
     experts: int = 0
     """Of a stack of matrices, one above the other in the tensor; 0: it is one matrix."""
@@ -30,6 +32,8 @@ class Matrix:
     """Of a dense matrix that is stored as blocks on its diagonal, how many; 0: it is stored whole."""
     factor: float = 1.0
     """What a dense matrix is multiplied by when the program is loaded."""
+    low: tuple[Matrix, Matrix] | None = None
+    """Of a packed one, factors A [r, columns] and B [rows, r] of what is added to it, W + B A, on a GPU."""
 
     @property
     def unit(self) -> str:
@@ -40,7 +44,8 @@ class Matrix:
     def kind(self) -> tuple[Any, ...]:
         """What two matrices must share to become one."""
         dtype = self.dtype if self.quantized is None else ""
-        return (self.columns, self.quantized, dtype, self.bias is None, self.experts, self.parts, self.factor)
+        form = (self.quantized, self.planes, dtype, self.experts, self.parts, self.factor)
+        return (self.columns, self.bias is None, *form)
 
 
 @dataclass(slots=True, eq=False)

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from effc.compiler.blocks.rope import rotated
 from effc.kernels import elementwise, recurrent_cell
+from effc.kernels.binary_planes import emit_c as planes_c
+from effc.kernels.binary_planes.spec import BinaryPlanesSpec
 from effc.kernels.cached_attention import emit_c as attention_c
 from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.cached_attention.spec import refuses as attention_refuses
@@ -42,7 +44,15 @@ from effc.passes.lower._jobs import (
     Scan,
     Unlowered,
 )
-from effc.passes.lower._matrices import as_bytes, further, packed, quant_spec, sparse_spec, stored
+from effc.passes.lower._matrices import (
+    as_bytes,
+    further,
+    packed,
+    planes_spec,
+    quant_spec,
+    sparse_spec,
+    stored,
+)
 from effc.passes.lower._scans import scan
 
 
@@ -67,7 +77,7 @@ def kernel(build: Builder, job: Job) -> None:
     elif isinstance(job, Cell):
         _cell(build, job)
     elif isinstance(job, Linear):
-        _quantized(build, job) if job.matrices[0].quantized is not None else _dense(build, job)
+        _linear(build, job)
     elif isinstance(job, Attend):
         _attend(build, job)
     elif isinstance(job, Arithmetic):
@@ -180,7 +190,32 @@ def _quantized(build: Builder, job: Linear) -> None:
     )  # fmt: skip
 
 
-def _dense(build: Builder, job: Linear) -> None:
+def _linear(build: Builder, job: Linear) -> None:
+    """By how the weights are stored."""
+    first = job.matrices[0]
+    if first.quantized is not None:
+        return _quantized(build, job)
+    found = planes_spec(first, job.epilogue) if first.planes is not None else "the weights are not packed"
+    return _dense(build, job, found) if isinstance(found, str) else _planes(build, job, found)
+
+
+def _planes(build: Builder, job: Linear, spec: BinaryPlanesSpec) -> None:
+    k, n, x = job.matrices[0].columns, job.width, build.names[job.reads[0]]
+    out = build.out(job, instead=job.reads[-1] if "residual" in job.epilogue else None)
+    made = weights.planes(build.model, spec, job.matrices[0])
+    names = [build.keep(f"{job.matrices[0].tensor}:{part}", make) for part, make in made.items()]
+    extra, reads = further(build, job, names)
+    runs = n // spec.share if spec.share and spec.side == "columns" else 1
+    text = (
+        f"binary_planes_{spec.key}({{{x}}}, {{0}}, {{1}}, {{{out}}}{extra}, M, {n}, {k}, {runs}, i0, i1);"
+    )
+    functions, items = [planes_c.function(spec)], str(-(-n // BLOCK))
+    build.add(
+        "binary_planes", Split.ITEMS, [x, *reads], [out], text, job, names, functions, items, specs=[spec]
+    )
+
+
+def _dense(build: Builder, job: Linear, why: str) -> None:
     k, n, x = job.matrices[0].columns, job.width, build.names[job.reads[0]]
     out = build.out(job, instead=job.reads[-1] if "residual" in job.epilogue else None)
     spec = DenseLinearSpec(weight=stored(job.matrices[0].dtype), paired=job.paired, epilogue=job.epilogue)
@@ -189,9 +224,7 @@ def _dense(build: Builder, job: Linear) -> None:
     extra, reads = further(build, job, names)
     text = f"dense_linear_{spec.key}({{{x}}}, {{0}}, {second}, {{{out}}}{extra}, M, {n}, {k}, i0, i1);"
     functions, items = [dense_c.function(spec)], str(-(-n // 16))
-    why = "the weights are not packed" + (
-        ", and blocks are read as one matrix" if job.matrices[0].parts else ""
-    )
+    why += ", and blocks are read as one matrix" if job.matrices[0].parts else ""
     build.add(
         "dense_linear", Split.ITEMS, [x, *reads], [out], text, job, names, functions, items, why, [spec]
     )

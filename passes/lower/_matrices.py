@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+from pydantic import ValidationError
+
+from effc.kernels.binary_planes.spec import BinaryPlanesSpec
 from effc.kernels.cpu.stored import Stored
 from effc.kernels.epilogue import operands
 from effc.kernels.program.call import Split
@@ -73,6 +76,22 @@ def packed(build: Builder, spec: QuantLinearSpec, matrices: list[Matrix]) -> str
     plain = spec.model_copy(update={"epilogue": ("silu",) if spec.paired else ()})
     name = "+".join(m.tensor for m in matrices) + f":{plain.key}"
     return build.keep(name, weights.packed(build.model, spec, matrices))
+
+
+def planes_spec(matrix: Matrix, epilogue: tuple[str, ...]) -> BinaryPlanesSpec | str:
+    """The kernel of signs, or in words why their matrix is read as a dense one."""
+    assert matrix.planes is not None
+    count, down, across, terms = matrix.planes
+    given: dict[str, Any] = {"planes": count, "epilogue": epilogue}
+    given |= {"scale": "pow2", "terms": terms} if terms else {"scale": "float16"}
+    if 1 < down == matrix.rows:
+        given |= {"side": "rows", "share": matrix.columns // across if across > 1 else 0}
+    else:
+        given |= {"side": "columns", "share": matrix.rows // down if down > 1 else 0}
+    try:
+        return BinaryPlanesSpec(**given)
+    except ValidationError as error:
+        return f"signs as a dense matrix: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
 
 
 def sparse_spec(build: Builder, spec: QuantLinearSpec, job: Linear) -> tuple[SparseLinearSpec | None, str]:

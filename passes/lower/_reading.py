@@ -93,6 +93,11 @@ class Reading:
         if made.name == "stack":
             experts, made = int(made.attributes["experts"]), self._source(made.takes[0])
         given: dict[str, Any] = {"bias": self.tensor(bias) if bias is not None else None}
+        if made.name == "planes":
+            name = self.tensor(made.takes[0])
+            signs: Any = self.model.module(name.rpartition(".")[0])
+            sizes = (signs.planes, signs.down, signs.across, signs.terms)
+            return Matrix(name, signs.out_features, signs.in_features, planes=sizes, **given)
         if made.name != "dequantize":
             name = self.tensor(number)
             *stack, rows, columns = self.shapes[name]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from effc.compiler.blocks.quant_linear import WHOLE
 from effc.compiler.model import Model
+from effc.kernels.binary_planes.layout import pack as pack_planes
+from effc.kernels.binary_planes.spec import BinaryPlanesSpec
 from effc.kernels.quant_linear.layout import pack
 from effc.kernels.quant_linear.spec import QuantLinearSpec
 from effc.kernels.quant_linear.spec_gpu import WeightOnlySpec
@@ -77,15 +79,35 @@ def sparse(model: Model, spec: SparseLinearSpec, matrices: Sequence[Matrix]) -> 
     return {part: partial(make, part) for part in Sparse._fields}
 
 
+def planes(model: Model, spec: BinaryPlanesSpec, matrix: Matrix) -> dict[str, Make]:
+    """Words of signs and scales by name, laid out once for both and not kept."""
+    held: dict[str, Tensor] = {}
+
+    def make(part: str) -> Tensor:
+        if part not in held:
+            unit: Any = model.module(matrix.unit)
+            scales = unit.scales
+            if spec.side == "columns":  # each column its own, where several share them
+                scales = scales.repeat_interleave(matrix.columns // unit.across, -1)
+            held.update(zip(("words", "scales"), pack_planes(spec, unit.signs, scales), strict=True))
+        return held.pop(part)
+
+    return {part: partial(make, part) for part in ("words", "scales")}
+
+
 def dense(model: Model, matrix: Matrix) -> tuple[str, Make]:
     """Name and tensor of a dense matrix: as the model holds it, as blocks on a diagonal, or scaled."""
 
     def make() -> Tensor:
+        if matrix.planes is not None:
+            unit: Any = model.module(matrix.unit)
+            whole: Tensor = unit.dense()
+            return whole
         w = stored(model, matrix.tensor)()
         w = torch.block_diag(*w).contiguous() if matrix.parts else w
         return w if matrix.factor == 1.0 else w * matrix.factor
 
-    name = matrix.tensor + (":whole" if matrix.parts else "")
+    name = matrix.tensor + (":whole" if matrix.parts or matrix.planes else "")
     return name if matrix.factor == 1.0 else f"{name}*{matrix.factor}", make
 
 

@@ -14,6 +14,7 @@ from effc.kernels.cpu.sanitize import unloaded
 from effc.runtime.decoder import ProgramDecoder, TorchDecoder, ready
 from tests.compiler.conftest import FAMILIES, V, fill
 from tests.passes.test_lower import BATCH, LENGTH, padded, quantized
+from tests.passes.test_lower_planes import of_signs
 from tests.passes.test_lower_structures import recurrences, stacked
 
 
@@ -46,6 +47,7 @@ def main() -> None:
         "experts": (fill(FAMILIES["mixtral"]()), fastest, 1e-5),
         "recurrences, portable": (stacked(recurrences(), "attention"), plain, 1e-5),
         "positions and biases": (fill(FAMILIES["gpt2"]()), plain, 1e-5),
+        "signs": (of_signs("column", 3), fastest, 1e-5),
     }
     print(json.dumps({name: isolated(partial(compared, *job)) for name, job in jobs.items()}))
 

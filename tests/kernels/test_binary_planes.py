@@ -1,4 +1,4 @@
-"""binary_planes in C: the definition on every set, the same bits by any members, faults that are found."""
+"""binary_planes in C: the definition on every set, the same bits by any members. Faults: test_cpu_checks.py."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import torch
 from effc.compiler.planes import dense
 from effc.kernels.binary_planes.call import binary_planes
 from effc.kernels.binary_planes.cpu import cases
-from effc.kernels.binary_planes.emit_c import emit
 from effc.kernels.binary_planes.layout import pack, unpack
 from effc.kernels.binary_planes.reference import example, reference
 from effc.kernels.binary_planes.spec import BinaryPlanesSpec, refuses
-from effc.kernels.cpu.entry import launch
 from effc.kernels.cpu.isa import available
 
 SPECS = [
     BinaryPlanesSpec(planes=3, epilogue=("bias", "silu", "residual")),
-    BinaryPlanesSpec(planes=2, share=64, terms=2),
+    BinaryPlanesSpec(planes=2, share=320, terms=2),
     BinaryPlanesSpec(planes=1, scale="float16"),
     BinaryPlanesSpec(planes=2, side="rows", share=32, scale="float16", epilogue=("mul",)),
     BinaryPlanesSpec(planes=4, side="rows", terms=3),
@@ -61,37 +59,6 @@ def test_a_power_of_two_is_a_shift_of_the_exponent() -> None:
     exact = x @ dense(signs, scales, 77).T
     for isa in available():
         assert torch.equal(binary_planes(spec, isa, x, *pack(spec, signs, scales), 70, {}, 1), exact)
-
-
-FAULTS = {
-    "signs turned": (0, "s0 * x[0] + s1 * x[1]", "s1 * x[0] + s0 * x[1]"),
-    "a plane too few": (0, "p < 3", "p < 2"),
-    "nibbles in another order": (0, "bits[v] >>= 4", "bits[v] >>= 8"),
-    "scales of the next run": (1, "/ 64 * 2", "/ 128 * 2"),
-    "a power that is one too large": (1, "(uint32_t)(e + 127)", "(uint32_t)(e + 128)"),
-    "the term of another plane": (1, "(p * 2 + 1)", "(p * 2 + 0)"),
-    "a row past its block": (2, "block * 64 + 16 * v", "block * 64 + 8 * v"),
-    "scales of the first group": (3, "(block * groups + g)", "(block * groups)"),
-    "zero that is a power": (4, "& (u32x16)(e != -128)", ""),
-    "sums of the first plane": (3, "+= sum[p][v] * (", "+= sum[0][v] * ("),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faults_are_found(fault: str) -> None:
-    at, text, instead = FAULTS[fault]
-    spec, isa = SPECS[at], available()[0]
-    whole = emit(spec)
-    assert text in whole
-    wrong = whole.replace(text, instead)
-    found = []
-    for case in list(cases(spec))[:2]:
-        given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in case.given.items()}
-        launch(wrong, spec.op, isa, 1, *given.values())  # type: ignore[arg-type]
-        y = given["y"]
-        assert isinstance(y, torch.Tensor)
-        found.append(not torch.allclose(y, case.due["y"], 1e-4, 1e-4))
-    assert any(found)
 
 
 def test_what_cannot_be_is_refused_in_words() -> None:

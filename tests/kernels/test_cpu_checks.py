@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from effc.kernels.binary_planes.spec import BinaryPlanesSpec
 from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.choose_token import ChooseTokenSpec
 from effc.kernels.cpu import check
@@ -38,6 +39,7 @@ sanitized = pytest.mark.skipif(isinstance(sanitizing(), str), reason=str(sanitiz
 QUANT, DENSE, NORM, EMBED = "quant_linear.cpu", "dense_linear.cpu", "norm.cpu", "embed.cpu"
 ATTEND, PLAIN, TOKEN = "cached_attention.cpu", "elementwise", "choose_token"
 LORA, RECUR, SPARSE = "multi_lora.cpu", "linear_attention.cpu", "sparse_linear.cpu"
+PLANES = "binary_planes.cpu"
 ROUTE, SPREAD, EXPERT, COMBINE = (f"experts.{name}" for name in ("route", "spread", "linear", "combine"))
 SPECS: list[tuple[str, KernelSpec]] = [
     (QUANT, QuantLinearSpec(bits=4, group=32, symmetric=False, epilogue=("bias", "gelu", "residual"))),
@@ -77,6 +79,9 @@ SPECS: list[tuple[str, KernelSpec]] = [
     (SPARSE, SparseLinearSpec(packed=QuantLinearSpec(bits=8, group=64, epilogue=("bias",)))),
     ("recurrent_cell", RecurrentCellSpec(cell="lstm_cifg", width=21)),
     (PLAIN, ElementwiseSpec(form="mul", each=3)),
+    (PLANES, BinaryPlanesSpec(planes=3, epilogue=("bias", "silu", "residual"))),
+    (PLANES, BinaryPlanesSpec(planes=2, share=320, terms=2)),
+    (PLANES, BinaryPlanesSpec(planes=2, side="rows", share=32, scale="float16", epilogue=("mul",))),
 ]  # fmt: skip
 FAULTS: dict[str, tuple[int, str, str, str]] = {
     # what is wrong: the spec above, its text, what stands instead, how it is found
@@ -148,6 +153,18 @@ FAULTS: dict[str, tuple[int, str, str, str]] = {
     "the state of another sequence": (29, "slot[m] * 42", "0 * 42", "y["),
     "a share read too far": (30, "j < i + 16 && j < last", "j < i + 16", ""),
     "a shift out of range": (2, "<< 2)", "<< 34)", ""),
+    "signs turned": (31, "s0 * x[0] + s1 * x[1]", "s1 * x[0] + s0 * x[1]", "y["),
+    "a plane too few": (31, "p < 3;", "p < 2;", "y["),
+    "columns of a word in another order": (31, ">> 4 * s", ">> 4 * (s ^ 1)", "y["),
+    "signs of the first block": (31, "words + block * apart", "words", "y["),
+    "x past its last column": (31, "some(x + k + 16, K - k - 16)", "load(x + k + 16)", "AddressSanitizer"),
+    "a store past the last row": (31, "give(y + m * N + n, a, count)", "store(y + m * N + n, a)", ""),
+    "scales of the first run": (32, "block * 64 / 320 * padded", "0 * padded", "y["),
+    "a power that is one too large": (32, "(e + 127) << 23", "(e + 128) << 23", "y["),
+    "the term of another plane": (32, "(p * 2 + 1)", "(p * 2 + 0)", "y["),
+    "no power that is one": (32, "& (u32x16)(e != -128)", "", "y["),
+    "scales of the first group": (33, "(block * groups + g)", "(block * groups)", "y["),
+    "sums of the first plane": (33, "+= sum[p][v] * (", "+= sum[0][v] * (", "y["),
 }  # fmt: skip
 TILE_FAULTS: dict[str, tuple[int, str, str, str]] = {
     "a last tile of rows past the end": (0, "(t + 1) * R < M ? t * R + r : M - R + r", "t * R + r", ""),
@@ -221,7 +238,7 @@ def test_whole_programs_keep_to_their_memory_and_to_defined_arithmetic() -> None
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert {name: words for name, words in found.items() if words != "as torch has it"} == {}
-    assert len(found) == 6
+    assert len(found) == 7
 
 
 def emitted(op: str, spec: KernelSpec) -> str:
