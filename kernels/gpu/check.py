@@ -3,9 +3,9 @@
     python -m effc.kernels.gpu.check interpret < jobs.json
     python -m effc.kernels.gpu.check compile < jobs.json
 
-A job is {"op": "quant_linear.gpu", "spec": {...}, "text": null or text to check in place of what is emitted};
-jobs come as a list on a line, and the answer is a list in their order. One process interprets or compiles,
-never both.
+A job is {"op": "quant_linear.gpu", "spec": {...}, "text": null or text to check in place of what is emitted,
+"entry": absent, or the one function whose cases are interpreted}; jobs come as a list on a line, and the
+answer is a list in their order. One process interprets or compiles, never both.
 """
 
 from __future__ import annotations
@@ -61,16 +61,19 @@ class Op(Protocol):
     def launches(self, spec: KernelSpec) -> Iterator[Case]: ...
 
 
-def run(mode: Mode, jobs: Sequence[Mapping[str, Any]], path: str = "", seconds: float = 1200) -> list[Any]:
+def run(
+    mode: Mode, jobs: Sequence[Mapping[str, Any]], path: str = "", seconds: float = 1200, lane: int = 0
+) -> list[Any]:
     """The answers of a process of its own; `path` goes before the installed packages (another Triton).
 
-    The process stays for the next jobs of its kind, because torch and Triton take seconds to start.
+    The process stays for the next jobs of its kind and lane, because torch and Triton take seconds to start.
+    Each lane has one, so that threads that ask in lanes of their own do not wait for each other.
 
     Raises:
         RuntimeError: the process fails; its last words.
         TimeoutError: it gives no answer in time.
     """
-    return _worker(mode, path).answers(jobs, seconds)
+    return _worker(mode, path, lane).answers(jobs, seconds)
 
 
 class _Worker:
@@ -130,17 +133,25 @@ class _Worker:
 
 
 @cache
-def _worker(mode: Mode, path: str) -> _Worker:
+def _worker(mode: Mode, path: str, lane: int) -> _Worker:
     return _Worker(mode, path)
 
 
-def interpret(op: Op, spec: KernelSpec, text: str | None) -> str:
-    """The first thing that is wrong with a kernel, in words; "" when nothing is."""
+def interpret(op: Op, spec: KernelSpec, text: str | None, entry: str | None = None) -> str:
+    """The first thing that is wrong with a kernel, in words; "" when nothing is.
+
+    Raises:
+        ValueError: no case calls `entry`.
+    """
     from effc.kernels.gpu.interpret import trusted
 
     module = load(text or op.emit(spec))
+    called = False
     with trusted():
         for at, case in enumerate(op.cases(spec)):
+            if entry is not None and case.entry != entry:
+                continue
+            called = True
             due = case.due()
             # Once as it is used, and in float32 too, where rounding hides nothing.
             for kind in (torch.bfloat16, torch.float32)[at > 0 :]:
@@ -153,6 +164,8 @@ def interpret(op: Op, spec: KernelSpec, text: str | None) -> str:
                 for name, y in due.items():
                     if words := differs(results[name], y, tolerance):
                         return f"{case.label}: {name}{words}"
+    if not called:
+        raise ValueError(f"no case of {op} calls `{entry}`")
     return ""
 
 
@@ -199,7 +212,8 @@ def main(mode: str) -> int:
         for job in json.loads(line):
             op = cast(Op, importlib.import_module(f"effc.kernels.{job['op']}"))
             spec = op.parse(job["spec"])
-            answers.append((interpret if mode == "interpret" else compile)(op, spec, job.get("text")))
+            given = op, spec, job.get("text")
+            answers.append(interpret(*given, job.get("entry")) if mode == "interpret" else compile(*given))
         print(json.dumps(answers), file=answers_to, flush=True)
     return 0
 

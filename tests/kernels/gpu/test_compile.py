@@ -19,7 +19,7 @@ from effc.kernels.gpu import check
 from effc.kernels.quant_linear.emit_triton import emit
 from effc.kernels.quant_linear.spec_gpu import TILES, WeightOnlySpec
 
-from .compiled import compiled, differences, golden, title
+from .compiled import compiled, differences, golden, interpreted, title
 
 pytest.importorskip("triton", reason="Triton has builds for Linux only")
 
@@ -122,5 +122,5 @@ def beside(version: str) -> str:
 @pytest.mark.kernels
 def test_every_kernel_gives_the_values() -> None:
     jobs = [{"op": OP, "spec": spec.model_dump(mode="json"), "text": None} for spec in every()]
-    found = check.run("interpret", jobs)
+    found = interpreted(jobs)
     assert {job["spec"]["bits"]: words for job, words in zip(jobs, found, strict=True) if words} == {}

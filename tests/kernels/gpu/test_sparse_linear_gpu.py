@@ -24,8 +24,8 @@ pytest.importorskip("triton", reason="Triton has builds for Linux only")
 OP = "sparse_linear.gpu"
 PAIR = (Tile(bm=16, bn=64, warps=4, stages=3), Tile(bm=16, bn=128, warps=4, stages=3, split=2))
 SPECS = (TwoOfFourSpec(tiles=PAIR[:1]), TwoOfFourSpec(tiles=PAIR[1:], epilogue=("bias", "silu", "mul")))
-GOLDEN = (TwoOfFourSpec(tiles=TILES[:1]),)
-LIMIT = 5.5
+GOLDEN = (TwoOfFourSpec(tiles=(TILES[0].model_copy(update={"split": 1}),)),)
+LIMIT = 4.4
 """Instructions a column, zeros included, at 16 rows: at 9 bits a column that is above what memory gives."""
 
 
