@@ -1,4 +1,4 @@
-"""binary_planes in C: the definition on every set, the same bits by any members. Faults: test_cpu_checks.py."""
+"""binary_planes in C: the definition on every set, the same bits by any members."""
 
 from __future__ import annotations
 

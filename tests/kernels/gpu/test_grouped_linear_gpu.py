@@ -52,43 +52,46 @@ def test_values_bounds_and_races() -> None:
 
 
 FAULTS = {
+    # what is wrong: text, what stands instead, what is said of it, the function that is called
     "of equal ones the higher": ("tl.min(tl.where(p == best, e, POWER), 0)",
-                                 "tl.max(tl.where(p == best, e, -1), 0)", "choose"),
-    "weights that do not add up": ("kept = kept / tl.sum(kept, 0)", "kept = kept * 1.0", "choose"),
+                                 "tl.max(tl.where(p == best, e, -1), 0)", "choose", "choose"),
+    "weights that do not add up": ("kept = kept / tl.sum(kept, 0)", "kept = kept * 1.0", "choose", "choose"),
     "slots of an expert out of order": ("(j0 + j)[None, :] < i[:, None]",
-                                        "(j0 + j)[None, :] > i[:, None]", "sort"),
-    "two slots on one place": ("| equal)", ")", "race"),
-    "places of the next expert": ("(other[None, :] < e[:, None])", "(other[None, :] <= e[:, None])", "sort"),
-    "tiles that overlap": ("(tile - (last - each)) * BM", "0 * (tile - (last - each)) * BM", ""),
-    "rows of the next expert": ("tl.minimum(end - at, BM)", "BM + 0 * at", ""),
-    "tiles too few": ("S // bm + min(S, EXPERTS)", "S // bm", ""),
-    "another row of x": ("other=0) // ACTIVE", "other=0) // 1", ""),
-    "another expert's words": ("words += expert.to(tl.int64)", "words += 0 * expert.to(tl.int64)", ""),
-    "another expert's scales": ("scales += expert.to(tl.int64)", "scales += 0 * expert.to(tl.int64)", ""),
-    "another expert's zeros": ("zeros += expert.to(tl.int64)", "zeros += 0 * expert.to(tl.int64)", ""),
-    "up in place of gate": ("acc, other = tl.split", "other, acc = tl.split", "up"),
-    "rows side by side in place of blocks": ("(2, 64, BM)), (1, 2, 0)", "(64, 2, BM)), (0, 2, 1)", "up"),
-    "sums of other columns": ("g = column * 1", "g = 0 * column", ""),
-    "no weight": ("acc *= tl.load(weights + slot", "acc += 0.0 * tl.load(weights + slot", ""),
-    "results by place, not slot": ("(share * M + slot)", "(share * M + rm)", ""),
-    "a share that is not added": ("in tl.static_range(SPLIT)", "in tl.static_range(1)", ""),
-    "shares that store to one place": ("parts + (share * M + slot)", "parts + (0 * M + slot)", "race"),
-    "slots without an expert": ("(tl.load(chosen + slot) < EXPERTS,", "(tl.load(chosen + slot) < 99,", ""),
-    "a slot left out": ("tl.static_range(ACTIVE):\n        slot", "tl.static_range(1):\n        slot", ""),
+                                        "(j0 + j)[None, :] > i[:, None]", "sort", "sort"),
+    "two slots on one place": ("| equal)", ")", "race", "sort"),
+    "places of the next expert": ("(other[None, :] < e[:, None])",
+                                  "(other[None, :] <= e[:, None])", "sort", "sort"),
+    "tiles that overlap": ("(tile - (last - each)) * BM", "0 * (tile - (last - each)) * BM", "", "launch"),
+    "rows of the next expert": ("tl.minimum(end - at, BM)", "BM + 0 * at", "", "up"),
+    "tiles too few": ("S // bm + min(S, EXPERTS)", "S // bm", "", "up"),
+    "another row of x": ("other=0) // ACTIVE", "other=0) // 1", "", "up"),
+    "another expert's words": ("words += expert.to(tl.int64)", "words += 0 * expert.to(tl.int64)", "", "up"),
+    "another expert's scales": ("scales += expert.to(tl.int64)",
+                                "scales += 0 * expert.to(tl.int64)", "", "up"),
+    "another expert's zeros": ("zeros += expert.to(tl.int64)", "zeros += 0 * expert.to(tl.int64)", "", "up"),
+    "up in place of gate": ("acc, other = tl.split", "other, acc = tl.split", "up", "up"),
+    "rows side by side in place of blocks": ("(2, 64, BM)), (1, 2, 0)",
+                                             "(64, 2, BM)), (0, 2, 1)", "up", "up"),
+    "sums of other columns": ("g = column * 1", "g = 0 * column", "", "up"),
+    "no weight": ("acc *= tl.load(weights + slot", "acc += 0.0 * tl.load(weights + slot", "", "launch"),
+    "results by place, not slot": ("(share * M + slot)", "(share * M + rm)", "", "launch"),
+    "a share that is not added": ("in tl.static_range(SPLIT)", "in tl.static_range(1)", "", "launch"),
+    "shares that store to one place": ("parts + (share * M + slot)",
+                                       "parts + (0 * M + slot)", "race", "launch"),
+    "slots without an expert": ("(tl.load(chosen + slot) < EXPERTS,",
+                                "(tl.load(chosen + slot) < 99,", "", "launch"),
+    "a slot left out": ("tl.static_range(ACTIVE):\n        slot",
+                        "tl.static_range(1):\n        slot", "", "launch"),
 }  # fmt: skip
 
 
 def test_seeded_faults_are_found() -> None:
     subject = SPECS[1]
     text = emit(subject)
-    assert [name for name, (old, _, _) in FAULTS.items() if old not in text] == []
-    found = check.run("interpret", [job(subject, text.replace(old, new)) for old, new, _ in FAULTS.values()])
-    missed = {
-        name: words
-        for (name, (_, _, by)), words in zip(FAULTS.items(), found, strict=True)
-        if not words or by not in words
-    }
-    assert missed == {}
+    assert [name for name, (old, *_) in FAULTS.items() if old not in text] == []
+    jobs = [job(subject, text.replace(old, new)) | {"entry": entry} for old, new, _, entry in FAULTS.values()]
+    both = zip(FAULTS.items(), check.run("interpret", jobs), strict=True)
+    assert {name: words for (name, (_, _, by, _)), words in both if not words or by not in words} == {}
 
 
 def test_the_definition_is_that_of_the_block() -> None:
