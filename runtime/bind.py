@@ -43,6 +43,13 @@ def spec_of(role: str, call: Call) -> Any:
     return made(spec_class(f"{HOMES[role]}.{call.kind}"), call)
 
 
+def class_of(role: str, kind: str) -> type[Spec]:
+    """The class of a call: a method, a part, or one of the HOMES."""
+    if role == "method":
+        return passes.resolve(kind)
+    return spec_class(f"{_PARTS}.{kind}" if role == "part" else f"{HOMES[role]}.{kind}")
+
+
 @cache
 def spec_class(module: str) -> type[Spec]:
     """The one class that a plug-in's file defines.
@@ -73,12 +80,16 @@ def staged(binding: Binding, recipe: Recipe, seq: int = 0) -> Staged:
 
 def made(cls: type[Spec], call: Call) -> Spec:
     """The call as an object of the class, slots filled. Raises EffcError with all that the class refuses."""
-    given = {key: _value(value) for key, value in call.arguments.items()}
-    filled = {**_defaults(cls), **{key: value for key, value in given.items() if value is not None}}
     try:
-        return cls.model_validate(filled)
+        return cls.model_validate(filled(cls, call))
     except ValidationError as error:
-        raise EffcError(*refusals(call, error)) from error
+        raise EffcError(*refusals(call, map(dict, error.errors(include_url=False)))) from error
+
+
+def filled(cls: type[Spec], call: Call) -> dict[str, Any]:
+    """The arguments of a call as objects, slots filled. Raises EffcError with what a nested part refuses."""
+    given = {key: _value(value) for key, value in call.arguments.items()}
+    return {**_defaults(cls), **{key: value for key, value in given.items() if value is not None}}
 
 
 def _defaults(cls: type[Spec]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from effc.specs import plugins as packages
 from effc.specs import user_cache
 from effc.specs.catalogue import Catalogue, Entry, EntryRole
 
-_FORMAT = "5"
+_FORMAT = "6"
 """Raised when entries get another shape."""
 _ROOT = Path(specs.__path__[0]).resolve().parent
 """The folder that holds the six floors."""

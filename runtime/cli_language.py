@@ -14,11 +14,14 @@ from effc.specs.diagnostic import Diagnostic, EffcError
 
 
 def check(options: argparse.Namespace) -> int:
-    """Levels 0 to 2. Warnings do not fail."""
+    """Levels 0 to 2, and whether the arguments of each call fit each other. Warnings do not fail."""
     from effc.dsl.read import read_file
+    from effc.runtime.agreeing import disagreements
     from effc.runtime.catalogue import catalogue
 
     found = read_file(recipe_in(options.recipe), catalogue(), options.params, str(options.recipe))
+    if problems := disagreements([c.recipe for c in found], catalogue()):
+        raise EffcError(*problems)
     warnings = list(dict.fromkeys(d.render() for c in found for d in c.warnings))
     if options.json:
         unique = {d.render(): d.as_json() for c in found for d in c.warnings}

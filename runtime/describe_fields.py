@@ -38,8 +38,14 @@ def entry(cls: type[Spec], kind: str, role: EntryRole, closure: str, value: str)
         value=value,
         overrides=tuple(getattr(cls, "overrides", ())),
         closure=closure,
+        judges=_judges(cls),
         **(_contract(cls) if issubclass(cls, Method) else {}),
     )
+
+
+def _judges(cls: type[Spec]) -> bool:
+    rules = cls.__pydantic_decorators__
+    return bool(rules.model_validators or rules.field_validators)
 
 
 def _contract(cls: type[Method]) -> dict[str, Any]:

@@ -7,11 +7,9 @@ two arguments that exclude each other, is told at the arguments that it names.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
-
-from pydantic import ValidationError
 
 from effc.compiler.placed import placed, written
 from effc.dsl import text, tree
@@ -25,15 +23,15 @@ from effc.specs.recipe import Call, Ref, refs
 from effc.specs.source import Source
 
 
-def refusals(call: Call, error: ValidationError) -> list[Diagnostic]:
-    """Every problem once, at the argument where the call was written."""
+def refusals(call: Call, problems: Iterable[Mapping[str, Any]]) -> list[Diagnostic]:
+    """Every problem, a pydantic error with `loc` and `msg`, once, where its argument was written."""
     from effc.runtime.catalogue import catalogue
 
     known = catalogue()
     entry = known.find(call.kind)
     said = dict(_in_words(call, entry, known)) if entry else {}
     found: dict[str, Diagnostic] = {}
-    for problem in error.errors(include_url=False):
+    for problem in problems:
         key = str(problem["loc"][0]) if problem["loc"] else ""
         if key not in found or not key:
             told = said.get(key) or _alone(call, dict(problem))

@@ -123,6 +123,8 @@ class Entry:
     """Hash of the sources it depends on inside effc and its own package."""
     package: str = ""
     """The package it comes from; empty for effc's own."""
+    judges: bool = False
+    """Whether its class has rules of its own over several arguments: only making it tells if they fit."""
 
     @property
     def short(self) -> str:
