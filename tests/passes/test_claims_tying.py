@@ -30,6 +30,7 @@ from effc.runtime.calibrate import calibrate
 from effc.runtime.fit import fit
 from effc.runtime.parts.train.optimizer.adamw import AdamW
 from effc.runtime.rewriting import rewrite
+from effc.runtime.score_table import score_lines
 from effc.specs.recipe import Ref
 from tests.claims import Measured
 
@@ -106,22 +107,47 @@ def test_gates_choose_no_worse_than_cosines_and_chance(seed: int, measured: Meas
     measured("tie.foldgpt", "2 of 8 by gates lose no more than by cosines", by_gate, below=by_cosine + 1e-6)
 
 
+@cache
+def folded(seed: int) -> Model:
+    return trained(gates(seed, remove=0.25, group=2), deep(seed), seed)
+
+
+@cache
+def healed(seed: int) -> dict[str, float]:
+    """Losses of the folded model after 300 steps, by what it is held to."""
+    plain = Logits(data=DATA, teacher=BASE, steps=300, batch=16, precision="fp32", optimizer=AdamW(lr=1e-3))
+    methods = {"tail": hidden(300, map="tail"), "everywhere": hidden(300), "logits": plain}
+    return {
+        name: heldout(trained(method, folded(seed), seed, teacher=deep(seed)), "A", seed)
+        for name, method in methods.items()
+    }
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_folded_model_heals_by_its_tail(seed: int, measured: Measured) -> None:
-    model = deep(seed)
-    folded = trained(gates(seed, remove=0.25, group=2), model, seed)
-    base, cut = heldout(model, "A", seed), heldout(folded, "A", seed)
-    tail = heldout(trained(hidden(300, map="tail"), folded, seed, teacher=model), "A", seed)
-    everywhere = heldout(trained(hidden(300), folded, seed, teacher=model), "A", seed)
-    plain = Logits(data=DATA, teacher=BASE, steps=300, batch=16, precision="fp32", optimizer=AdamW(lr=1e-3))
-    by_logits = heldout(trained(plain, folded, seed, teacher=model), "A", seed)
-    scratch = heldout(trained(full(1e-3, 300), _like(folded, seed), seed), "A", seed)
+    base, cut = heldout(deep(seed), "A", seed), heldout(folded(seed), "A", seed)
+    scratch = heldout(trained(full(1e-3, 300), _like(folded(seed), seed), seed), "A", seed)
+    ends = healed(seed)
+    tail = ends["tail"]
     measured(
         "tie.foldgpt", "300 steps take back 60 % of what folding cost", (cut - tail) / (cut - base), above=0.6
     )
     measured("tie.foldgpt", "a folded model ends below a fresh one of its form", tail, below=scratch)
-    measured("distill.hidden", "the tail and logits end near logits alone", tail, below=by_logits * 1.02)
-    measured("distill.hidden", "the tail alone ends near all layers", tail, below=everywhere * 1.02)
+    measured("distill.hidden", "the tail and logits end near logits alone", tail, below=ends["logits"] * 1.02)
+    measured("distill.hidden", "the tail alone ends near all layers", tail, below=ends["everywhere"] * 1.02)
+
+
+@pytest.mark.xfail(reason="on seed 1 of this bed the tail and logits end 0.7 % above logits alone")
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_tail_beats_logits_alone(seed: int, measured: Measured) -> None:
+    claim = "folded, 300 steps: loss with the tail and logits, over that with logits alone"
+    measured("distill.hidden", claim, healed(seed)["tail"] / healed(seed)["logits"], below=1.0)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_logits_alone_beat_all_layers(seed: int, measured: Measured) -> None:
+    claim = "folded, 300 steps: loss with logits alone, over that with all layers"
+    measured("distill.hidden", claim, healed(seed)["logits"] / healed(seed)["everywhere"], below=1.0)
 
 
 def _like(model: Model, seed: int) -> Model:
@@ -134,24 +160,27 @@ def _like(model: Model, seed: int) -> Model:
     return other
 
 
+@pytest.mark.parametrize("followers", [2, 3])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_shared_maps_heal(seed: int, measured: Measured) -> None:
+def test_shared_maps_heal(seed: int, followers: int, measured: Measured) -> None:
     model = deep(seed)
-    method = Attention(data=DATA, ratio=0.25, keep_first=1, keep_last=1)
+    method = Attention(data=DATA, ratio=followers / 8, keep_first=1, keep_last=1)
     found = calibrate(method, model, Context(seed, {"data": data("A", seed, 8000)}))
     scores: dict[str, float] = found.measures["scores"]
+    print("\n".join(score_lines(scores)))
     near = [v for k, v in scores.items() if _apart(k) == 1]
     far = [v for k, v in scores.items() if _apart(k) > 2]
     measured(
         "tie.attention", "neighbors look more alike than layers far apart",
         sum(near) / len(near), above=sum(far) / len(far),
     )  # fmt: skip
-    lost = 2 * (64 * 16 * 8)
+    lost = followers * (64 * 16 * 8)
     off = abs(count(model).params - count(found.model).params - lost)
-    measured("tie.attention", "each of two followers loses W_q and W_k", off, below=0.5)
+    measured("tie.attention", f"each of {followers} followers loses W_q and W_k", off, below=0.5)
     base = heldout(model, "A", seed)
-    healed = heldout(trained(hidden(300), found.model, seed, teacher=model), "A", seed)
-    measured("tie.attention", "300 steps end within 2 % of the base's loss", healed / base - 1, below=0.02)
+    after = heldout(trained(hidden(300), found.model, seed, teacher=model), "A", seed)
+    claim = f"{followers} of 8 follow: 300 steps end within 2 % of the base's loss"
+    measured("tie.attention", claim, after / base - 1, below=0.02)
 
 
 def _apart(names: str) -> int:
@@ -179,10 +208,25 @@ def test_loops_learn_to_choose(seed: int, measured: Measured) -> None:
 def test_differences_stay_when_what_is_shared_is_packed(seed: int, measured: Measured) -> None:
     model = deep(seed)
     tied = rewrite(Recursive(loops=2, lora_rank=8), model, Context(seed)).model
-    healed = trained(hidden(200), tied, seed, teacher=model)
-    small = rewrite(RTN(bits=4, group=16), healed, Context(seed)).model
-    loss = heldout(healed, "A", seed)
+    ready = trained(hidden(200), tied, seed, teacher=model)
+    small = rewrite(RTN(bits=4, group=16), ready, Context(seed)).model
+    loss = heldout(ready, "A", seed)
     risen = heldout(small, "A", seed) / loss - 1
     measured("tie.recursive", "4 bits beneath differences of rank 8 cost less than 3 %", risen, below=0.03)
     share = count(small).bytes / count(model).bytes
     measured("tie.recursive", "tied, healed and packed takes under 40 % of the bytes", share, below=0.4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_differences_by_svd_close_the_gap_of_strict_tying(seed: int, measured: Measured) -> None:
+    """At the card's size: 8 layers, 128 wide, shared by two loops."""
+    model = trained(full(2e-3, 400), fresh(seed, layers=8, width=128), seed)
+    strict, relaxed = (
+        rewrite(Recursive(loops=2, lora_rank=rank), model, Context(seed)).model for rank in (0, 16)
+    )
+    base, alike, apart = (heldout(one, "A", seed) for one in (model, strict, relaxed))
+    claim = "8 layers, 128 wide: loss with differences of rank 16, less that of strict tying"
+    measured("tie.recursive", claim, apart - alike, below=0.0)
+    ready = heldout(trained(hidden(300), relaxed, seed, teacher=model), "A", seed)
+    claim = "8 layers, 128 wide, rank 16: 300 steps recover of the gap of strict tying"
+    measured("tie.recursive", claim, (alike - ready) / (alike - base), above=0.8)
