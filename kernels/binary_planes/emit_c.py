@@ -1,9 +1,9 @@
 """binary_planes in C: sums of four activations with every sign in a vector, looked up by four bits of a row.
 
 For four columns there are 16 sums of +-x; they are the lanes of one vector, so that one instruction looks up
-those of 16 rows. Lookups, additions and shifts are all that remains of the product. The sums are made where
-they are used and never stored: what a plane's own scales would multiply, x, is another for each plane, so
-with side = columns several blocks of rows share them.
+those of 16 rows. Lookups, additions and shifts are all that remains of the product. The sums are made
+where they are used and never stored; several blocks of rows share them. With side = columns scales go into x,
+so that each plane has sums of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from effc.kernels.cpu.entry import self_contained
 from effc.kernels.epilogue import EPILOGUES, operands
 
 QUADS = STRIDE // 4
-SEVERAL = 4
-"""Blocks that share sums where registers hold theirs; proved bit-equal to one alone, so not in the spec."""
+SEVERAL, OF_ROWS = 4, {1: 2, 2: 2, 3: 1, 4: 1}
+"""Blocks that share sums where registers hold theirs, with side = rows by planes; proved bit-equal to one
+alone, so not in the spec."""
 LOOKUP = r"""
 #ifndef LOOKUP
 #define LOOKUP
@@ -69,26 +70,29 @@ def function(spec: BinaryPlanesSpec) -> str:
     names = operands(spec.epilogue)
     takes = "".join(f", const float *RESTRICT {name}" for name in names)
     gives = "".join(f", {name}" for name in names)
-    given = f"x, words, scales, y{gives}, N, K"
+    given, body = f"x, words, scales, y{gives}, N, K", _columns if spec.side == "columns" else _rows
+    several = SEVERAL if spec.side == "columns" else OF_ROWS[spec.planes]
     each = f"for (long m = 0; m < M; m++) blocks1_{spec.key}(m, block, {given}, runs);"
-    if spec.side == "rows":
-        return f"""{LOOKUP}{_rows(spec, takes)}
+    if several == 1:
+        return f"""{LOOKUP}{body(spec, 1, takes)}
 {_begin(spec, takes)}
   for (long block = first; block < last; block++)
     {each}
 }}
 """
-    same = f" && (block + {SEVERAL - 1}) * {BLOCK} / {spec.share} == block * {BLOCK} / {spec.share}"
-    return f"""{LOOKUP}{_columns(spec, 1, takes)}
+    same = ""
+    if spec.share and spec.side == "columns":
+        same = f" && (block + {several - 1}) * {BLOCK} / {spec.share} == block * {BLOCK} / {spec.share}"
+    return f"""{LOOKUP}{body(spec, 1, takes)}
 #if defined(__AVX512F__)   /* where the registers hold the sums of several blocks */
-{_columns(spec, SEVERAL, takes)}
+{body(spec, several, takes)}
 #endif
 {_begin(spec, takes)}
   for (long block = first; block < last; block++) {{
 #if defined(__AVX512F__)
-    if (block + {SEVERAL} <= last{same if spec.share else ""}) {{
-      for (long m = 0; m < M; m++) blocks{SEVERAL}_{spec.key}(m, block, {given}, runs);
-      block += {SEVERAL - 1};
+    if (block + {several} <= last{same}) {{
+      for (long m = 0; m < M; m++) blocks{several}_{spec.key}(m, block, {given}, runs);
+      block += {several - 1};
       continue;
     }}
 #endif
@@ -147,35 +151,36 @@ def _columns(spec: BinaryPlanesSpec, blocks: int, takes: str) -> str:
 """
 
 
-def _rows(spec: BinaryPlanesSpec, takes: str) -> str:
+def _rows(spec: BinaryPlanesSpec, blocks: int, takes: str) -> str:
     """Scales multiply the sums of a plane, so that all planes look up the same."""
-    per = spec.planes * spec.terms * BLOCK
+    per, vectors = spec.planes * spec.terms * BLOCK, 4 * blocks
     load = "load_f16" if spec.scale == "float16" else "powers"
     values = " + ".join(
-        f"{load}(a + (p * {spec.terms} + {term}) * {BLOCK} + 16 * v)" for term in range(spec.terms)
+        f"{load}(a + v / 4 * groups * {per} + (p * {spec.terms} + {term}) * {BLOCK} + v % 4 * 16)"
+        for term in range(spec.terms)
     )
     width = f"{spec.share}L" if spec.share else "K"
-    return f"""{_one(spec, 1, takes)}
+    return f"""{_one(spec, blocks, takes)}
   const long width = {width}, groups = K / width;
   for (long g = 0; g < groups; g++) {{
     const {_kind(spec)} *a = scales + (block * groups + g) * {per};
-    f32x16 sum[{spec.planes}][4];
+    f32x16 sum[{spec.planes}][{vectors}];
     EVERY for (int p = 0; p < {spec.planes}; p++)
-      EVERY for (int v = 0; v < 4; v++) sum[p][v] = all(0.0f);
+      EVERY for (int v = 0; v < {vectors}; v++) sum[p][v] = all(0.0f);
     for (long k = g * width; k < (g + 1) * width; k += {STRIDE}, w += {spec.planes * BLOCK}) {{
       float own[{STRIDE}];
       EVERY for (int i = 0; i < 2; i++) store(own + 16 * i, some(x + k + 16 * i, K - k - 16 * i));
       EVERY for (int s = 0; s < {QUADS}; s++) {{
         const f32x16 sums = sums_with_signs(own + 4 * s);
         EVERY for (int p = 0; p < {spec.planes}; p++)
-          EVERY for (int v = 0; v < 4; v++)
-            sum[p][v] += lookup(sums, load_words(w + p * {BLOCK} + 16 * v) >> 4 * s);
+          EVERY for (int v = 0; v < {vectors}; v++)
+            sum[p][v] += lookup(sums, load_words(w + v / 4 * apart + p * {BLOCK} + v % 4 * 16) >> 4 * s);
       }}
     }}
     EVERY for (int p = 0; p < {spec.planes}; p++)
-      EVERY for (int v = 0; v < 4; v++) f[v] += sum[p][v] * ({values});
+      EVERY for (int v = 0; v < {vectors}; v++) f[v] += sum[p][v] * ({values});
   }}
-{_finish(spec, 1)}
+{_finish(spec, blocks)}
 }}
 """
 
