@@ -23,6 +23,8 @@ def reference(
         n = end - begin
         keys, values = (t[begin:end].repeat_interleave(spec.group, 1) for t in (k, v))
         scores = torch.einsum("qhd,khd->hqk", q[begin:end], keys) * spec.scale
+        if spec.cap is not None:
+            scores = spec.cap * torch.tanh(scores / spec.cap)
         seen = torch.ones(n, n, dtype=torch.bool)
         if spec.causal:
             seen = seen.tril()

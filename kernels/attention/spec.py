@@ -23,21 +23,25 @@ class Tile(BaseModel):
 FORWARD = {
     64: Tile(queries=128, keys=64, warps=8, stages=3),
     128: Tile(queries=128, keys=64, warps=8, stages=3),
+    256: Tile(queries=64, keys=32, warps=4, stages=2),
 }
 OF_KEYS = {
     64: Tile(queries=64, keys=128, warps=8, stages=2),
     128: Tile(queries=32, keys=128, warps=8, stages=2),
+    256: Tile(queries=32, keys=32, warps=8, stages=1),
 }
 OF_QUERIES = {
     64: Tile(queries=128, keys=64, warps=8, stages=2),
     128: Tile(queries=128, keys=64, warps=8, stages=2),
+    256: Tile(queries=128, keys=32, warps=8, stages=1),
 }
-"""By the width of a head; chosen by counts of registers and instructions, not by time. With heads of 128,
-64 queries do not fit the registers beside dk and dv of 128 keys."""
+"""By the width of a head at most; chosen by counts of registers and instructions, not by time. With heads of
+128, 64 queries do not fit the registers beside dk and dv of 128 keys; with heads of 256, dk and dv of 64 keys
+do not, and 32 are too few for wgmma."""
 
 
 class AttentionGpuSpec(KernelSpec, frozen=True):
-    """o = softmax(scale q k^T) v over the keys of a query's own sequence that it may see; all bfloat16.
+    """o = softmax(cap(scale q k^T)) v over the keys of a query's own sequence that it may see; all bfloat16.
 
     Sums are float32; weights are rounded to bfloat16 before they multiply v, and their slopes before they
     multiply q and k.
@@ -48,8 +52,10 @@ class AttentionGpuSpec(KernelSpec, frozen=True):
 
     heads: int = Field(gt=0)
     kv_heads: int = Field(gt=0)
-    head_dim: Literal[64, 128]
+    head_dim: int = Field(ge=16, le=256, multiple_of=16)
     scale: float = Field(gt=0)
+    cap: float | None = Field(default=None, gt=0)
+    """Scores become cap tanh(score / cap); None: they stay."""
     causal: bool = True
     window: int | None = Field(default=None, gt=0)
     """Keys that a query may see, its own included; None: all that it may."""
@@ -63,9 +69,10 @@ class AttentionGpuSpec(KernelSpec, frozen=True):
     @classmethod
     def _fitting(cls, given: Any) -> Any:
         width = given.get("head_dim") if isinstance(given, dict) else None
-        if width not in FORWARD:
+        kind = next((most for most in FORWARD if isinstance(width, int) and width <= most), None)
+        if kind is None:
             return given
-        tiles = {"forward": FORWARD[width], "of_keys": OF_KEYS[width], "of_queries": OF_QUERIES[width]}
+        tiles = {"forward": FORWARD[kind], "of_keys": OF_KEYS[kind], "of_queries": OF_QUERIES[kind]}
         return tiles | given
 
     @model_validator(mode="after")
@@ -92,10 +99,8 @@ class AttentionGpuSpec(KernelSpec, frozen=True):
         return 4 * pairs * self.heads * self.head_dim
 
 
-def refuses(spec: AttentionGpuSpec, tokens: int, cap: float | None = None) -> str | None:
+def refuses(spec: AttentionGpuSpec, tokens: int) -> str | None:
     """Why attention over `tokens` in all cannot take the kernel; None when it can."""
-    if cap is not None:
-        return f"scores are capped at {cap}, which the kernel does not do"
     if tokens * spec.heads * spec.head_dim >= 2**31:
         return f"{tokens} tokens of {spec.heads} heads need offsets beyond 31 bits"
     return None

@@ -28,8 +28,8 @@ def parse(data: Mapping[str, Any]) -> SharedPrefixSpec:
 
 def cases(spec: SharedPrefixSpec) -> Iterator[Case]:
     """A tree of three levels with empty and ragged segments; a long path; many behind one prefix."""
-    paths = [(0, 1, 3), (0, 1, 4), (0, 2, 5), (0, 2, 6), (0, 1)]
-    yield _case(spec, (65, 33, 0, 1, spec.keys + 2, 0, spec.keys), paths, seed=0)
+    paths = [(0, 1, 3), (0, 1, 4), (0, 2, 5), (0, 2, 6), (0, 1), ()]
+    yield _case(spec, (2 * spec.keys + 7, 33, 0, 1, spec.keys + 2, 0, spec.keys), paths, seed=0)
     yield _case(spec, (5, *([2] * 17)), [range(18)], seed=1)
     yield _case(spec, (2 * spec.keys + 7, 0), [(0,)] * 39 + [(1,), ()], seed=2)
 
@@ -56,6 +56,6 @@ def _case(spec: SharedPrefixSpec, lengths: Sequence[int], paths: Sequence[Sequen
 
     def due() -> dict[str, Tensor]:
         wide = [t.double() for t in (q, k, v)]
-        return {"out": reference(wide[0], wide[1], wide[2], begin, end, paths, spec.scale)}
+        return {"out": reference(wide[0], wide[1], wide[2], begin, end, paths, spec.scale, spec.cap)}
 
     return Case(f"{len(paths)} sequences over {list(lengths)[:8]}", given, due, OFF)

@@ -13,7 +13,7 @@ FEW, MANY = 16, 128
 
 
 class SharedPrefixSpec(KernelSpec, frozen=True):
-    """o = softmax(scale q k^T) v over all segments of a sequence's path; all bfloat16, sums float32.
+    """o = softmax(cap(scale q k^T)) v over all segments of a sequence's path; all bfloat16, sums float32.
 
     A segment is read once for up to 128 rows, those of all sequences that see it; what its programs give are
     outputs and base-2 logarithms of sums of weights, which one more kernel brings together.
@@ -24,8 +24,10 @@ class SharedPrefixSpec(KernelSpec, frozen=True):
 
     heads: int = Field(gt=0)
     kv_heads: int = Field(gt=0)
-    head_dim: Literal[64, 128]
+    head_dim: int = Field(ge=16, le=256, multiple_of=16)
     scale: float = Field(gt=0)
+    cap: float | None = Field(default=None, gt=0)
+    """Scores become cap tanh(score / cap); None: they stay."""
     keys: Literal[64, 128] = 64
     """Keys of a turn."""
     least: int = Field(default=256, gt=0)
@@ -52,14 +54,10 @@ class SharedPrefixSpec(KernelSpec, frozen=True):
         return each + 8 * parts * self.heads * (self.head_dim + 1)
 
 
-def refuses(
-    spec: SharedPrefixSpec, rows: int, tokens: int, window: int | None = None, cap: float | None = None
-) -> str | None:
+def refuses(spec: SharedPrefixSpec, rows: int, tokens: int, window: int | None = None) -> str | None:
     """Why `rows` sequences over a pool of `tokens` cannot take the kernel; None when they can."""
     if window is not None:
         return f"a window of {window} tokens, of which a shared segment is not the same part for all"
-    if cap is not None:
-        return f"scores are capped at {cap}, which the kernel does not do"
     if max(tokens * spec.kv_heads, rows * spec.heads) * spec.head_dim >= 2**31:
         return f"a pool of {tokens} tokens and {rows} sequences need offsets beyond 31 bits"
     return None

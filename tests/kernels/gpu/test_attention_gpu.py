@@ -24,8 +24,15 @@ OP = "attention.gpu"
 SMALL = dict.fromkeys(("forward", "of_keys", "of_queries"), Tile(queries=64, keys=32, warps=4, stages=2))
 SPECS = (
     AttentionGpuSpec(heads=4, kv_heads=2, head_dim=64, scale=0.125, **SMALL),
-    AttentionGpuSpec(heads=4, kv_heads=2, head_dim=64, scale=0.2, window=100, **SMALL),
+    AttentionGpuSpec(heads=2, kv_heads=1, head_dim=64, scale=0.2, window=100, **SMALL),
     AttentionGpuSpec(heads=2, kv_heads=2, head_dim=64, scale=0.125, causal=False, **SMALL),
+)
+ODD = AttentionGpuSpec(heads=2, kv_heads=1, head_dim=48, scale=0.3, cap=2.0, window=70, **SMALL)
+WIDTHS = (
+    AttentionGpuSpec(heads=16, kv_heads=8, head_dim=256, scale=0.0625, window=4096, cap=50.0),
+    AttentionGpuSpec(heads=32, kv_heads=32, head_dim=96, scale=0.1),
+    AttentionGpuSpec(heads=8, kv_heads=4, head_dim=32, scale=0.2, cap=30.0),
+    AttentionGpuSpec(heads=8, kv_heads=4, head_dim=128, scale=0.2, cap=30.0),
 )
 COMPILED = (
     AttentionGpuSpec(heads=32, kv_heads=8, head_dim=128, scale=0.08838834764831845),
@@ -50,8 +57,8 @@ FAULTS = {
     "a far edge without its mask": ("(tl.maximum(first + -36 - begin, 0) + 31) // 32", "0 // 32", ""),
     "a step that is left out": ("range(some, most, 32)", "range(some + 32, most, 32)", ""),
     "heads of another group": ("kv = head // 2", "kv = head % 2", ""),
-    "another head's queries": ("(rm[:, None] * 4 + head) * 64 + d[None, :]",
-                               "(rm[:, None] * 4 + kv) * 64 + d[None, :]", ""),
+    "another head's queries": ("(rm[:, None] * 2 + head) * 64 + d[None, :]",
+                               "(rm[:, None] * 2 + kv) * 64 + d[None, :]", ""),
     "sums that keep their old base": ("total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)", ""),
     "results that keep their old base": ("acc * shrink[:, None]", "acc", ""),
     "a store past the sequence": ("(out.dtype.element_ty), mask=live[:, None])",
@@ -66,10 +73,17 @@ FAULTS = {
 }  # fmt: skip
 
 
+SLOPES = ("backward", "dk", "dq")
+"""What is said of faults that show in slopes alone."""
+
+
 def test_seeded_faults_are_found() -> None:
     text = emit(SPECS[1])
     assert [name for name, (old, _, _) in FAULTS.items() if old not in text] == []
-    jobs = [job(SPECS[1], text.replace(old, new)) for old, new, _ in FAULTS.values()]
+    jobs = [
+        job(SPECS[1], text.replace(old, new)) | {"entry": "backward" if by in SLOPES else "forward"}
+        for old, new, by in FAULTS.values()
+    ]
     found = check.run("interpret", jobs)
     missed = {
         name: words
@@ -77,6 +91,24 @@ def test_seeded_faults_are_found() -> None:
         if not words or by not in words
     }
     assert missed == {}
+
+
+ODD_FAULTS = {
+    "numbers of the next head": (" & (d < 48)[None, :]", "", ""),
+    "keys of the next head": (" & (d < 48)[:, None]", "", ""),
+    "scores without their cap": ("- 0.5)", "- 0.4)", ""),
+    "slopes without that of the cap": ("(1.0 - s * s *", "(1.0 - 0.0 *", "backward"),
+}
+
+
+def test_heads_of_any_width_and_capped_scores() -> None:
+    text = emit(ODD)
+    assert [name for name, (old, _, _) in ODD_FAULTS.items() if old not in text] == []
+    jobs = [job(ODD), *(job(ODD, text.replace(old, new)) for old, new, _ in ODD_FAULTS.values())]
+    right, *found = check.run("interpret", jobs)
+    assert right == ""
+    both = zip(ODD_FAULTS.items(), found, strict=True)
+    assert {name: words for (name, (_, _, by)), words in both if not words or by not in words} == {}
 
 
 def test_the_definition_is_what_torch_computes_on_one_sequence() -> None:
@@ -102,6 +134,17 @@ def test_compilation_keeps_the_limits_with_3_6() -> None:
     hold(compiled(OP, COMPILED, "3.6.0", beside("3.6.0"), kept=True))
 
 
+@pytest.mark.kernels
+@pytest.mark.parametrize("version", [importlib.metadata.version("triton"), "3.6.0"])
+def test_every_width_keeps_the_limits(version: str) -> None:
+    found = compiled(OP, WIDTHS, version, beside(version), kept=True)
+    assert {label: one["wrong"] for label, one in found.items() if one["wrong"]} == {}
+    for label, one in found.items():  # dk and dv of heads of 256 leave no room for the 64 keys of a wgmma
+        if "delta" not in label and not ("head_dim=256" in label and "keys_kernel" in label):
+            assert one["counts"].get("HGMMA"), f"{label}: no wgmma"
+            assert "HMMA" not in one["counts"], label
+
+
 def hold(found: dict[str, Any]) -> None:
     """What every compiled kernel must be, whatever the golden numbers say."""
     assert {label: one["wrong"] for label, one in found.items() if one["wrong"]} == {}
@@ -122,7 +165,8 @@ def test_what_cannot_be_is_refused_in_words() -> None:
     with pytest.raises(ValidationError, match="8 warps take 128 queries"):
         AttentionGpuSpec.model_validate(given | {"forward": tile})
     spec = AttentionGpuSpec.model_validate(given)
-    assert "capped at 50.0" in str(refuses(spec, 10, cap=50.0))
+    with pytest.raises(ValidationError, match="less than or equal to 256"):
+        AttentionGpuSpec.model_validate(given | {"head_dim": 320})
     assert "beyond 31 bits" in str(refuses(spec, 2**24))
     assert refuses(spec, 4096) is None
     assert spec.operations([3]) == 4 * 6 * 4 * 64

@@ -25,9 +25,16 @@ pytest.importorskip("triton", reason="Triton has builds for Linux only")
 
 OP = "shared_prefix.gpu"
 PAIRS = SharedPrefixSpec(heads=4, kv_heads=2, head_dim=64, scale=0.125, least=128)
+ODD = SharedPrefixSpec(heads=2, kv_heads=1, head_dim=48, scale=0.3, cap=2.0, least=128)
 THREES = SharedPrefixSpec(heads=3, kv_heads=1, head_dim=64, scale=0.2, least=64)
 COMPILED = (SharedPrefixSpec(heads=32, kv_heads=8, head_dim=128, scale=0.088),)
-ALSO = (SharedPrefixSpec(heads=32, kv_heads=4, head_dim=64, scale=0.125, keys=128),)
+ALSO = (
+    SharedPrefixSpec(heads=32, kv_heads=4, head_dim=64, scale=0.125, keys=128),
+    SharedPrefixSpec(heads=16, kv_heads=8, head_dim=256, scale=0.0625, cap=50.0),
+    SharedPrefixSpec(heads=32, kv_heads=8, head_dim=96, scale=0.1),
+)
+NARROW = (SharedPrefixSpec(heads=8, kv_heads=4, head_dim=32, scale=0.2),)
+"""Its heads do not fill the 64 rows of a wgmma."""
 
 
 def job(spec: SharedPrefixSpec, text: str | None = None) -> dict[str, Any]:
@@ -38,6 +45,16 @@ def test_values_bounds_and_races() -> None:
     """A tree with empty segments, a long path, many rows behind one prefix; keys between segments are NaN."""
     found = check.run("interpret", [job(spec) for spec in (PAIRS, THREES)])
     assert found == ["", ""]
+
+
+def test_heads_of_any_width_and_capped_scores() -> None:
+    text = emit(ODD)
+    cut = " & (d < 48)[:, None]"
+    assert cut in text
+    texts = (text, text.replace(cut, ""), text.replace("tl.sigmoid(", "("), text.replace(", mask=d < 48", ""))
+    found = check.run("interpret", [job(ODD, each) for each in texts])
+    assert found[0] == ""
+    assert all(found[1:])
 
 
 FAULTS = {
@@ -116,6 +133,8 @@ def test_compilation_gives_the_golden_numbers(request: pytest.FixtureRequest) ->
 @pytest.mark.parametrize("version", [importlib.metadata.version("triton"), "3.6.0"])
 def test_every_kernel_keeps_the_limits(version: str) -> None:
     hold(compiled(OP, (*COMPILED, *ALSO), version, beside(version), kept=True))
+    narrow = compiled(OP, NARROW, version, beside(version), kept=True)
+    assert [label for label, one in narrow.items() if one["wrong"]] == []
 
 
 def hold(found: dict[str, Any]) -> None:
@@ -137,7 +156,8 @@ def test_what_cannot_be_is_refused_in_words() -> None:
         SharedPrefixSpec.model_validate(fields | {"heads": 32, "kv_heads": 1})
     spec = SharedPrefixSpec.model_validate(fields)
     assert "a window of 8 tokens" in str(refuses(spec, 2, 100, window=8))
-    assert "capped at 30.0" in str(refuses(spec, 2, 100, cap=30.0))
+    with pytest.raises(ValidationError, match="multiple of 16"):
+        SharedPrefixSpec.model_validate(fields | {"head_dim": 72})
     assert "beyond 31 bits" in str(refuses(spec, 2, 2**25))
     assert refuses(spec, 64, 2**20) is None
     with pytest.raises(ValueError, match="of sequence 1 names a segment twice or none of 2"):
