@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,10 @@ def after_step(model: Model, weights: Mapping[str, nn.Parameter], progress: floa
             for name in ("gate", "up", "down"):
                 if (weight := weights.get(f"{path}.experts.{name}.weight")) is not None:
                     weight.copy_(unit.pulled(weight, progress))
+    for path, module in model.gm.named_modules():
+        if hasattr(type(module), "follow"):  # statistics of batches, which have no gradient
+            follow: Any = module.follow
+            follow(path, weights)
 
 
 def total(main: Tensor, more: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from effc.compiler.auxiliary import after_step
 from effc.compiler.losses import IGNORED
@@ -198,9 +199,15 @@ class _Training:
 
 
 def _copy(model: Model, dtype: torch.dtype, device: torch.device) -> Model:
-    """A clone whose floating parameters are in the working dtype; packed buffers stay as they are."""
+    """A clone whose floating parameters are in the working dtype; packed buffers stay as they are, and batch
+    norms, whose statistics are buffers of one dtype with their gains.
+    """
     out = model.clone().materialize()
+    norms = [path for path, m in out.gm.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for name, parameter in list(out.named_parameters()):
+        if name.rpartition(".")[0] in norms:
+            out.place(name, parameter.detach().to(device))
+            continue
         out.place(name, parameter.detach().to(device, dtype if parameter.is_floating_point() else None))
     for name, buffer in list(out.named_buffers()):
         if buffer.device != device:

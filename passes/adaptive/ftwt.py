@@ -1,8 +1,9 @@
-"""Let each token use the channels that will matter to it, as a predictor says before they are computed."""
+"""Let each token or image use the channels that will matter to it, as a predictor says beforehand."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +21,18 @@ from effc.compiler.plan import ATTENDED
 from effc.compiler.rewrite import Rewriter
 from effc.compiler.shapes import Train
 from effc.compiler.spent import counting
+from effc.compiler.trace import TracedModel
 from effc.compiler.trained import parameters, training_work
+from effc.passes.adaptive._fire_conv import FireConv, FireGate, Predictor
+from effc.passes.adaptive._fire_net import (
+    Place,
+    as_weights,
+    image_flops,
+    layer_flops,
+    places,
+    watching,
+    wire,
+)
 from effc.passes.moe._ffn import feed_forwards, seeded
 from effc.specs.diagnostic import Diagnostic
 from effc.specs.paper import Paper
@@ -28,22 +40,26 @@ from effc.specs.units import Count, Share
 
 SEEN = 16
 """Held-out sequences that are looked at for the report."""
+IMAGES = 256
+"""The same for images."""
 
 
 class FTWT(Train):
-    """Mask channels of feed-forward blocks for each token, by a predictor that learns which ones will fire.
+    """Mask channels for each image or token, by a predictor that learns which ones will fire.
 
-    Should fire: of |a|, a the input of `down`, the largest channels until together they have more than `mass`
-    of the sum. A linear on the block's input, of rank r where `predictor_rank` is not 0 (an option of effc),
-    learns them by binary cross-entropy, added to the loss with weight one; its sign is the mask, with the
-    gradient of a sigmoid. `decoupled`: the predictor's losses do not reach what lies before it; `joint`: they
-    do. The share of channels that should fire in the model as it comes in is what to expect of the work.
+    In a traced network of convolutions every convolution (its norm and activation with it) gets a mask: of
+    a_c = max |out_c| over places, the largest channels should fire until together they have more than `mass`
+    of the sum. A linear on the averaged input learns them by binary cross-entropy, added to the loss with
+    weight one; its sign is the mask, with the gradient of a sigmoid. Batch norms keep their statistics. In
+    feed-forward blocks of transformers a is the input of `down`, and the predictor reads the block's input.
+    `decoupled`: the predictor's losses do not reach what lies before it; `joint`: they do. `expected` says
+    before a training what an image will cost: the work of channels that should fire in the model as it is.
 
-    Use when: tokens differ in the channels that they need, and one is decoded at a time: then rows of
-              channels that do not fire are not read. Several tokens together are masked and save nothing yet.
-    Costs:    a predictor of d f weights a layer, or r (d + f). Feed-forward blocks alone; convolutions of
-              traced modules, the paper's own case, are not changed. A plan counts all channels,
-              `spent(data)` those that fire.
+    Use when: images or tokens differ in the channels that they need, and come one at a time: then rows (of
+              convolutions columns too) that do not fire are not read. Several together are masked and save
+              nothing yet.
+    Costs:    a predictor of C K weights a layer, or r (C + K) with the `predictor_rank` r of effc's own.
+              A plan counts all channels, `spent(data)` and `flops_spent` those that fire.
     """
 
     paper = Paper("Fire Together Wire Together", arxiv="2110.08232", year=2021, section="3")
@@ -57,32 +73,56 @@ class FTWT(Train):
     mode: Literal["decoupled", "joint"] = Field(
         default="decoupled", description="whether a predictor's loss reaches what lies before it"
     )
-    predictor_rank: Count = Field(default=0, description="rank r of a predictor; 0: a full matrix")
+    predictor_rank: Count = Field(
+        default=0, description="rank r of a predictor; 0, or where it saves nothing: a full matrix"
+    )
+    pool: int = Field(default=1, ge=1, description="side of the averaged input that is read; of convolutions")
+    softmax: bool = Field(default=False, description="take a softmax over that input; of convolutions")
 
     def refuses(self, model: Model, others: Sequence[Model] = ()) -> Sequence[Diagnostic]:
-        paths = feed_forwards(model)
-        if not paths:
-            note = "a block called mlp of a layer, gated or plain, is what it masks"
-            title = f"`{self.kind}` finds no dense feed-forward block"
+        sizes = self._sizes(model)
+        if not sizes:
+            note = "it masks blocks called mlp, and convolutions of traced modules that other layers read"
+            title = f"`{self.kind}` finds no dense feed-forward block and no convolution"
             return [Diagnostic("E320", title, (), (note,), "put this stage before the one that changed them")]
-        widths = {path: self._sizes(model.module(path)) for path in paths}
-        rank = self.predictor_rank
-        if low := [path for path, (d, f) in widths.items() if rank and rank >= d * f / (d + f)]:
-            d, f = widths[low[0]]
+        low = [path for path, (d, f) in sizes.items() if not self._saves(d, f)]
+        if self.predictor_rank and (len(low) == len(sizes) or not isinstance(model, TracedModel)) and low:
+            d, f = max((sizes[path] for path in low), key=prod)
             title = f"a predictor of rank {self.predictor_rank} is no smaller than a full matrix"
-            note = f"{low[0]} is {d} wide and has {f} channels"
-            help_ = f"use a rank of at most {int(d * f / (d + f))}, or 0 for a full matrix"
+            note = f"one reads {d} numbers and tells of {f} channels"
+            help_ = f"use a rank of at most {-(-d * f // (d + f)) - 1}, or 0 for a full matrix"
             return [Diagnostic("E340", title, (), (note,), help_, about="predictor_rank")]
         return []
 
-    def _sizes(self, unit: Any) -> tuple[int, int]:
-        return unit.width, unit.hidden
+    def _saves(self, inputs: int, channels: int) -> bool:
+        """Whether two matrices of the rank are smaller than a full one."""
+        return 0 < self.predictor_rank * (inputs + channels) < inputs * channels
+
+    def _sizes(self, model: Model) -> dict[str, tuple[int, int]]:
+        """Path of what is masked -> what its predictor reads and how many channels it tells of."""
+        found: dict[str, tuple[int, int]] = {}
+        for path in feed_forwards(model):
+            block: Any = model.module(path)
+            found[path] = block.width, block.hidden
+        for place in self._places(model):
+            conv: Any = model.module(place.convs[0])
+            inputs = conv.in_channels * self.pool ** len(conv.kernel_size)
+            found[place.convs[0]] = inputs, conv.out_channels
+        return found
+
+    def _places(self, model: Model) -> list[Place]:
+        return places(model) if isinstance(model, TracedModel) else []
 
     def outline(self, rw: Rewriter, others: Sequence[Model]) -> None:
         with rw.together():
             for path in feed_forwards(rw.model):
                 words = f"channels that make {100 * self.mass:g}% of a token"
                 rw.swap(path, self._block(rw.module(path)), words)
+        sizes = self._sizes(rw.model)
+        for place in self._places(rw.model):
+            rank = self.predictor_rank if self._saves(*sizes[place.convs[0]]) else 0
+            more = {"rank": rank, "detached": self.mode == "decoupled"}
+            wire(rw, place, self.mass, pool=self.pool, softmax=self.softmax, **more)
 
     def _block(self, old: MLP) -> FireMLP:
         given = {name: value for name, value in old.spec().items() if name != "type"}
@@ -93,7 +133,7 @@ class FTWT(Train):
 
     def begin(self, rw: Rewriter, seed: int) -> None:
         """Predictors that begin by letting every channel fire: small weights and a small bias."""
-        for path, unit in _blocks(rw.model).items():
+        for path, unit in _predictors(rw.model).items():
             for name in ("fire_in", "fire_out")[0 if unit.rank else 1 :]:
                 weight = unit.get_submodule(name).get_parameter("weight")
                 drawn = torch.randn(weight.shape, generator=seeded(f"{seed}/{path}.{name}"))
@@ -108,14 +148,17 @@ class FTWT(Train):
         return parameters(model)
 
     def loss(self, student: Model, teachers: Mapping[str, Any], batch: Batch) -> Mapping[str, Tensor]:
-        units = _blocks(student)
-        for unit in units.values():
-            unit.told.clear()
+        units = [m for m in student.gm.modules() if isinstance(m, FireMLP | FireConv | FireGate)]
+        masks = [m for m in units if not isinstance(m, FireConv)]
+        for mask in masks:
+            mask.told.clear()
+        for unit in units:
             unit.train()
-        z = student(batch.ids, step=batch.step)
-        told = [unit.told[0] for unit in units.values()]
-        for unit in units.values():
-            unit.told.clear()
+        z = _answer(student, batch)
+        told = [mask.told[0] for mask in masks]
+        for mask in masks:
+            mask.told.clear()
+        for unit in units:
             unit.eval()
         task = cross_entropy(z, batch.labels)
         terms = [F.binary_cross_entropy_with_logits(s.float(), due.float()) for s, due in told]
@@ -124,7 +167,9 @@ class FTWT(Train):
         return {"total": task + fire, "task": task.detach(), "fire": fire.detach(), "right": right.detach()}
 
     def measure(self, model: Model, data: Data) -> Mapping[str, Any]:
-        """On held-out text: the share of channels that fire, of those that should, and FLOPs a token."""
+        """On held-out data: the share of channels that fire, of those that should, FLOPs a token or image."""
+        if isinstance(model, TracedModel):
+            return _of_images(model, data.batch("heldout", range(min(IMAGES, data.size("heldout")))))
         batch = data.batch("heldout", range(min(SEEN, data.size("heldout"))))
         due = estimate(model, self.mass, batch)
         fired: dict[str, float] = {}
@@ -147,8 +192,26 @@ class FTWT(Train):
             "flops_spent": spent.flops_per_token,
         }
 
+    def expected(self, model: TracedModel, batch: Batch) -> float:
+        """FLOPs of an image when all channels fire that should, in the network as it is, on real images.
+
+        Predictors are counted; what a training does to the share that fires is not known here.
+        """
+        rw = Rewriter(model, self.kind)
+        self.outline(rw, ())
+        self.begin(rw, 0)
+        wired = rw.done()
+        assert isinstance(wired, TracedModel)
+        with torch.no_grad(), watching(wired, due=True) as due:
+            wired(as_weights(wired, batch.ids))
+        return float(image_flops(wired, due).mean())
+
     def work(self, model: Model, seq: int = 0) -> Work:
-        return training_work(self, model, seq)
+        work = training_work(self, model, seq)
+        if not isinstance(model, TracedModel):
+            return work
+        images = self.steps * self.batch
+        return work + Work(flops=3.0 * images * sum(layer_flops(model).values()))
 
 
 def estimate(model: Model, mass: float, batch: Batch) -> float:
@@ -181,6 +244,40 @@ def estimate(model: Model, mass: float, batch: Batch) -> float:
         for handle in handles:
             handle.remove()
     return float(torch.stack(found).mean()) if found else 0.0
+
+
+def _answer(model: Model, batch: Batch) -> Tensor:
+    """What the loss is of: logits [B, T, V] of tokens, [B, K] of images."""
+    if isinstance(model, TracedModel):
+        z: Tensor = model(as_weights(model, batch.ids))
+        return z
+    z = model(batch.ids, step=batch.step)
+    return z
+
+
+def _of_images(model: TracedModel, batch: Batch) -> Mapping[str, Any]:
+    """The shares of channels that fire and that should, FLOPs of an image so, and of a whole one."""
+    with torch.no_grad():
+        with watching(model, due=False) as fired:
+            model(as_weights(model, batch.ids))
+        with watching(model, due=True) as due:
+            model(as_weights(model, batch.ids))
+    return {
+        "fires": _mean(fired),
+        "should_fire": _mean(due),
+        "flops_spent": float(image_flops(model, fired).mean()),
+        "flops_whole": sum(layer_flops(model).values()),
+    }
+
+
+def _mean(live: Mapping[str, Tensor]) -> float:
+    return sum(float(mask.double().mean()) for mask in live.values()) / max(1, len(live))
+
+
+def _predictors(model: Model) -> dict[str, FireMLP | Predictor]:
+    """What holds the weights of a predictor, by path."""
+    found = model.gm.named_modules()
+    return {path: m for path, m in found if isinstance(m, FireMLP | Predictor)}
 
 
 def _blocks(model: Model) -> dict[str, FireMLP]:
