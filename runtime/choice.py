@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from effc.compiler.model import Model
 from effc.kernels.cpu.isa import Isa, available
 from effc.passes.lower.decoder import Unlowered
-from effc.runtime.decoder import Kernels, device_of, launched, no_program, ready
+from effc.runtime.decoder import TRITON, Kernels, device_of, launched, no_program, ready
 from effc.specs.diagnostic import Diagnostic, EffcError
 
 
@@ -16,7 +15,8 @@ from effc.specs.diagnostic import Diagnostic, EffcError
 class Choice:
     """What `--kernels` and `--isa` come to."""
 
-    kernels: Literal["c", "triton", "torch"]
+    kernels: Kernels
+    """Never auto."""
     isa: Isa | None
     """Of a C program."""
     why: str = ""
@@ -27,8 +27,10 @@ class Choice:
         """As `effc bench` prints it."""
         if self.isa is not None:
             return f"a C program for {self.isa}"
-        if self.kernels == "triton":
-            return "Triton kernels, a token as one CUDA graph"
+        if self.kernels in TRITON:
+            rows = TRITON[self.kernels]
+            of = "" if rows == "bfloat16" else f" over rows of {rows}"
+            return f"Triton kernels{of}, a token as one CUDA graph"
         return f"torch: {self.why}" if self.why else "torch"
 
 
@@ -41,13 +43,13 @@ def choose(model: Model, kernels: Kernels = "auto", isa: str | None = None) -> C
     """
     if kernels == "torch":
         return Choice("torch", None)
-    if kernels == "triton" or (kernels == "auto" and device_of(model).type == "cuda"):
+    if kernels in TRITON or (kernels == "auto" and device_of(model).type == "cuda"):
         try:
-            launched(model)
-            return Choice("triton", None)
+            launched(model, TRITON.get(kernels, "bfloat16"))
+            return Choice("triton" if kernels == "auto" else kernels, None)
         except Unlowered as reason:
-            if kernels == "triton":
-                raise no_program(reason, "triton") from None
+            if kernels in TRITON:
+                raise no_program(reason, kernels) from None
             return Choice("torch", None, str(reason))
     chosen = Isa(isa) if isa else available()[0]
     if chosen not in available():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from effc.specs.diagnostic import Diagnostic
 
 INTERRUPTED = 130
+KERNELS = ("auto", "c", "triton", "triton-int8", "triton-float8", "torch")
+"""What may run a model; auto is chosen by what the model is and where its weights are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +157,9 @@ def _sampling(p: argparse.ArgumentParser) -> None:
 
 def _kernels(p: argparse.ArgumentParser) -> None:
     p.add_argument(
-        "--kernels", choices=("auto", "c", "triton", "torch"), default="auto",
-        help="auto: a C program, or Triton kernels on a GPU, where the model has them (default), else torch",
+        "--kernels", choices=KERNELS, default="auto",
+        help="auto: a C program, or Triton kernels on a GPU, where the model has them (default), else torch; "
+        "triton-int8 and triton-float8 make rows bytes before linear layers",
     )  # fmt: skip
     p.add_argument(
         "--isa", choices=("amx", "avx512", "avx2", "portable"), help="instructions of the C program"
@@ -205,6 +208,7 @@ def _explain(p: argparse.ArgumentParser) -> None:
     p.add_argument("what", help="a code (E301), a method (quantize.gptq) or an artefact")
     p.add_argument("stage", nargs="?", help="of an artefact: the stage")
     _place(p)
+    p.add_argument("--kernels", choices=KERNELS[1:-1], help="of an artefact: which kernels to name")
 
 
 def _methods(p: argparse.ArgumentParser) -> None:

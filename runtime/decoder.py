@@ -5,7 +5,7 @@ Shapes: B sequences, T tokens of prompt, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -23,12 +23,15 @@ from effc.kernels.program.call import ROWS
 from effc.kernels.program.run import Program, Session
 from effc.passes.lower.by_torch import by_torch
 from effc.passes.lower.decoder import Lowered, Unlowered, angles, compiled, lower
-from effc.passes.lower.gpu import launches
+from effc.passes.lower.gpu import Rows, launches
 from effc.runtime.content import Content, content
 from effc.runtime.launched import LaunchedDecoder
 from effc.specs.diagnostic import Diagnostic, EffcError
 
-Kernels = Literal["auto", "c", "triton", "torch"]
+Kernels = Literal["auto", "c", "triton", "triton-int8", "triton-float8", "torch"]
+"""triton-int8 and triton-float8 are Triton kernels that make rows bytes before linear layers (W4A8, W8A8)."""
+TRITON: Mapping[str, Rows] = {"triton": "bfloat16", "triton-int8": "int8", "triton-float8": "float8"}
+"""What linear layers of Triton kernels multiply, by the name of the choice."""
 
 
 class Decoder(Protocol):
@@ -164,12 +167,12 @@ def decoder(
         EffcError: E503 when `kernels` is c or triton and the model has no such program.
     """
     packed = any(isinstance(unit, Packed) for _, unit in model.units())
-    if kernels == "triton" or (kernels == "auto" and packed and device_of(model).type == "cuda"):
+    if kernels in TRITON or (kernels == "auto" and packed and device_of(model).type == "cuda"):
         try:
-            return LaunchedDecoder(launched(model), batch, longest)
+            return LaunchedDecoder(launched(model, TRITON.get(kernels, "bfloat16")), batch, longest)
         except Unlowered as reason:
-            if kernels == "triton":
-                raise no_program(reason, "triton") from None
+            if kernels in TRITON:
+                raise no_program(reason, kernels) from None
     if kernels == "torch" or (kernels == "auto" and not packed):
         return TorchDecoder(model, longest)
     try:
@@ -180,8 +183,10 @@ def decoder(
         return TorchDecoder(_by_torch(model) if packed and compiler() is None else model, longest)
 
 
-def launched(model: Model) -> LaunchPlan:
+def launched(model: Model, rows: Rows = "bfloat16") -> LaunchPlan:
     """The launches of a model on the GPU that holds its weights; made again when a weight was changed since.
+
+    `rows` is what linear layers multiply (see passes/lower/gpu.py).
 
     Raises:
         Unlowered: in words, why the model runs in torch.
@@ -189,10 +194,10 @@ def launched(model: Model) -> LaunchPlan:
     device = device_of(model)
     if device.type != "cuda":
         raise Unlowered(f"its weights are on {device.type}, and Triton kernels run on a GPU")
-    held: tuple[Content, LaunchPlan] | None = model.__dict__.get("_launches")
-    if held is None or held[0] != content(model):
-        model.__dict__["_launches"] = held = content(model), launches(model, device)
-    return held[1]
+    held: tuple[Content, Rows, LaunchPlan] | None = model.__dict__.get("_launches")
+    if held is None or held[:2] != (content(model), rows):
+        model.__dict__["_launches"] = held = content(model), rows, launches(model, device, rows)
+    return held[2]
 
 
 def device_of(model: Model) -> torch.device:
@@ -200,7 +205,7 @@ def device_of(model: Model) -> torch.device:
     return next((t.device for t in model.tensors().values() if not t.is_meta), torch.device("cpu"))
 
 
-def no_program(reason: Unlowered, kernels: Literal["c", "triton"] = "c") -> EffcError:
+def no_program(reason: Unlowered, kernels: Kernels = "c") -> EffcError:
     """E503 for a model that was asked to run by kernels that it has none of."""
     help = f"leave out `--kernels {kernels}`: the model runs in torch"
     title = "the model has no C program" if kernels == "c" else "the model has no Triton kernels here"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effc.kernels.gpu.launches import LaunchPlan, Session
+from effc.kernels.gpu.launches import LaunchPlan
+from effc.kernels.gpu.session import Session
 
 
 class LaunchedDecoder:

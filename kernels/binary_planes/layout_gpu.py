@@ -38,7 +38,8 @@ def pack(spec: BinaryPlanesGpuSpec, signs: Tensor, scales: Tensor, k: int) -> Pa
     fill = -signs.shape[1] % ROWS
     up = torch.nn.functional.pad((unpack_signs(signs, k) > 0).long(), (0, 0, 0, fill))
     # [P, N', turns, places, words, halves]
-    words = (up.unflatten(2, (k // TURN, 16, PLACE // 2, 2)) << _places()).sum((3, 5)).flatten(2)
+    places = _places().to(signs.device)
+    words = (up.unflatten(2, (k // TURN, 16, PLACE // 2, 2)) << places).sum((3, 5)).flatten(2)
     values = scale_values(scales)
     stored = values.to(_DTYPES[spec.scale])
     if not torch.equal(stored.float(), values):

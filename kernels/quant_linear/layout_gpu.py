@@ -40,7 +40,7 @@ def pack(spec: WeightOnlySpec, codes: Tensor, scales: Tensor, zeros: Tensor | No
     fill = -n % ROWS
     wide = torch.nn.functional.pad(codes, (0, spec.padded(k) - k, 0, fill))
     planes = wide.view(n + fill, -1, spec.planes, spec.plane // 2, 2).long()
-    words = (planes << _shifts(spec)).sum((2, 4)).view(n + fill, -1)
+    words = (planes << _shifts(spec).to(planes.device)).sum((2, 4)).view(n + fill, -1)
     words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     if not spec.symmetric and zeros is None:
         raise ValueError("a matrix that is not symmetric needs zero codes")

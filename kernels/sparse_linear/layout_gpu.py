@@ -44,7 +44,7 @@ def pack(w: Tensor) -> Half:
     stored = quads.gather(-1, kept).view(rows, -1, QUADS, 2).transpose(-1, -2).contiguous()
     bits = (1 << kept).sum(-1).view(rows, -1, TURNS, QUADS // 2, 2)
     shifts = torch.arange(TURNS).mul(4).view(-1, 1, 1) + torch.tensor([0, 16])
-    words = (bits << shifts).sum((2, 4)).view(rows, -1)
+    words = (bits << shifts.to(bits.device)).sum((2, 4)).view(rows, -1)
     words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     return Half(stored.view(rows, -1).view(torch.int32), words)
 

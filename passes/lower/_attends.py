@@ -11,7 +11,8 @@ from torch import Tensor
 from effc.compiler.blocks.rope import rotated
 from effc.kernels.attention import emit_triton as attention_triton
 from effc.kernels.attention.spec import AttentionGpuSpec
-from effc.kernels.gpu.launches import Attended, Caches, Room
+from effc.kernels.gpu.caches import Caches
+from effc.kernels.gpu.launches import Attended, Room
 from effc.kernels.gpu.load import load
 from effc.kernels.kernel import KernelSpec
 from effc.kernels.rope import emit_triton as rope_triton
@@ -26,20 +27,24 @@ from effc.passes.lower.decoder import angles
 if TYPE_CHECKING:
     from effc.passes.lower._launching import Launching
 
+WGMMA = 64
+"""Rows that the matrix unit of a Hopper takes at least."""
+
 
 def attend(build: Launching, job: Attend, layer: int | None) -> None:
     """Three launches: heads, then attention over the rows of a prompt or over the cache."""
     number, spec = len(build.attentions), _spec(job)
-    if words := prefix_refuses(spec, 1, 1, job.window, job.cap):
+    if words := prefix_refuses(spec, 1, 1):
         raise Unlowered(f"`{job.paths[0]}`: {words}")
     turns = None
     if job.rope is not None:
         key = str((job.rope, job.head_dim))
         turns = build.angles.setdefault(key, angles(job.rope, job.head_dim))
-    build.attentions.append(Attended(spec, turns))
+    build.attentions.append(Attended(spec, turns, job.window))
     heads = _Heads(build, job, number)
+    names = ("heads", "kv_heads", "head_dim", "scale", "cap")
     prompt = AttentionGpuSpec.model_validate(
-        {name: getattr(spec, name) for name in ("heads", "kv_heads", "head_dim", "scale")}
+        {"window": job.window} | {name: getattr(spec, name) for name in names}
     )
     over_prompt, over_cache = load(attention_triton.emit(prompt)), load(prefix_triton.emit(spec))
     out, shape = job.writes[0], (-1, job.heads, job.head_dim)
@@ -53,11 +58,15 @@ def attend(build: Launching, job: Attend, layer: int | None) -> None:
             return
         q = heads.of_token(room, caches)
         keys, values = caches.pairs[number]
-        plan = caches.plans[spec]._asdict()
-        parts = caches.parts[spec]
-        over_cache.launch(q, keys, values, caches.begin, caches.end, **plan, parts=parts, out=y)
+        span = caches.spans[number]
+        plan = caches.plans[spec, span]._asdict()
+        ends = {"begin": caches.begins[span], "end": caches.ends[span]}
+        over_cache.launch(q, keys, values, **ends, **plan, parts=caches.parts[spec, span], out=y)
 
-    build.add("attend", job, layer, run, specs=(*heads.specs, prompt, spec))
+    why = ""
+    if job.head_dim < WGMMA:
+        why = f"heads of {job.head_dim} fill no wgmma, whose rows are {WGMMA}: mma multiplies for new tokens"
+    build.add("attend", job, layer, run, specs=(*heads.specs, prompt, spec), why=why)
 
 
 class _Heads:
@@ -88,7 +97,7 @@ class _Heads:
             counts = (job.heads, job.kv_heads, job.kv_heads)
             q, k, v = (rows.new_empty(len(rows), count, job.head_dim) for count in counts)
             self.packed.forward(rows, *found, room.position, q, k, v)
-        self._store(room, caches, k, v)
+        caches.store(self.number, room, k, v)
         return q, k, v
 
     def of_token(self, room: Room, caches: Caches) -> Tensor:
@@ -96,10 +105,11 @@ class _Heads:
         rows, found = self._together(room), caches.angles[self.number]
         if found is None:
             q, k, v = self._split(rows)
-            self._store(room, caches, k, v)
+            caches.store(self.number, room, k, v)
             return q
         q = rows.new_empty(len(rows), self.job.heads, self.job.head_dim)
-        self.cached.forward(rows, *found, room.position, room.row, q, *caches.pairs[self.number])
+        places = room.places[caches.spans[self.number]]
+        self.cached.forward(rows, *found, room.position, places, q, *caches.pairs[self.number])
         return q
 
     def _together(self, room: Room) -> Tensor:
@@ -127,15 +137,11 @@ class _Heads:
         q, k, v = rows.view(len(rows), -1, job.head_dim).split(counts, 1)
         return q.contiguous(), k.contiguous(), v.contiguous()
 
-    def _store(self, room: Room, caches: Caches, k: Tensor, v: Tensor) -> None:
-        for held, new in zip(caches.pairs[self.number], (k, v), strict=True):
-            held.index_copy_(0, room.row.long(), new)
-
 
 def _spec(job: Attend) -> SharedPrefixSpec:
     try:
         return SharedPrefixSpec.model_validate(
-            {name: getattr(job, name) for name in ("heads", "kv_heads", "head_dim", "scale")}
+            {name: getattr(job, name) for name in ("heads", "kv_heads", "head_dim", "scale", "cap")}
         )
     except ValidationError as error:
         raise Unlowered(f"`{job.paths[0]}`: attention on a GPU: {error.errors()[0]['msg']}") from None
