@@ -19,7 +19,7 @@ DEFAULT = ("attention", "mlp", "moe.experts", "moe.shared", "linear")
 """Roles touched when nothing is selected: never embedding, head, router or norm. `linear`: traced modules."""
 
 _NO_MATRIX = (
-    "norm", "scale", "fast", "cell", "moe.channels",
+    "norm", "attention", "scale", "fast", "cell", "moe.channels",
     "embedding.position", "embedding.type", "embedding.class",
 )  # fmt: skip
 """Roles that no selecting method touches."""

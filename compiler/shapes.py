@@ -86,6 +86,15 @@ class Statistic(Protocol):
         ...
 
 
+@runtime_checkable
+class Look(Statistic, Protocol):
+    """A statistic of a block that mixes positions: it sees the block at work, not rows alone."""
+
+    def look(self, block: nn.Module, x: Tensor, step: Step) -> None:
+        """Take in one run of the watched block: its input x [B, T, D]."""
+        ...
+
+
 class Analyze(Method):
     """Reads a model and says something of it: leaks, sizes, laws. The model stays as it is."""
 

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from effc.compiler.blocks import LoraLinear, Unit
 from effc.compiler.rewrite import Edit, Rewriter
-from effc.compiler.shapes import Calibrate, Statistic
+from effc.compiler.shapes import Calibrate, Look, Statistic
+from effc.compiler.step import Step
 
 
 class Watch:
     """Hooks on modules; those that read the very same tensor share one statistic.
 
-    A stack of experts is watched expert by expert, under `path[e]`.
+    A stack of experts is watched expert by expert, under `path[e]`; a block that mixes positions is looked at
+    with its step.
     """
 
     def __init__(self, method: Calibrate, rw: Rewriter, paths: Sequence[str]) -> None:
@@ -44,6 +46,9 @@ class Watch:
     def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
             x, *which = args
+            if which and isinstance(which[0], Step):  # a block that mixes positions
+                self._looked(path).look(module, x, which[0])  # x itself: hooks inside know it again
+                return
             key = f"{path}[{which[0]}]" if which else path
             for other, statistic in self._inputs:
                 if other is x:
@@ -55,6 +60,14 @@ class Watch:
             self._inputs.append((x, self.seen[key]))
 
         return see
+
+    def _looked(self, path: str) -> Look:
+        if path not in self.seen:
+            self.seen[path] = self.method.start(self.rw, path)
+        statistic = self.seen[path]
+        if not isinstance(statistic, Look):
+            raise TypeError(f"`{self.method.kind}` watches `{path}`, whose statistic cannot look at a block")
+        return statistic
 
 
 class Snapshot:

@@ -1,4 +1,4 @@
-"""CodedLinear: a linear whose weights and inputs both lie on uniform integer grids, so that integers multiply.
+"""CodedLinear: a linear whose weights and inputs both lie on uniform grids, so that integers multiply.
 
 Shapes: x [..., i], W [o, i]. Codes are signed integers of b bits: x' = s (q - z) with
 q = clip(round(x / s) + z, -2^(b-1), 2^(b-1) - 1); s and z are two numbers that the whole layer shares.
