@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -180,3 +181,24 @@ def test_a_shared_array_trains_like_dense_and_beats_pruning_at_the_start(
     loud = taught(network("v1", 0.05, seed, spread=10.0), seed, 0.05)
     measured(about, "an array of ten times the deviation trains alike: loss over that of one",
              loud / small, below=1.05)  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_scaled_gradients_do_not_see_the_array_s_deviation(seed: int, measured: Measured) -> None:
+    """Of a tenth of the deviation: without scaling, steps of weights are a hundred times as long."""
+    about = "reparam.hashed"
+    words = "keep = 5 %, an array of deviation 0.01: loss over that of one of 0.1,"
+    for kind, name in (("v1", "scaled"), ("plain", "not scaled")):
+        ends = [taught(network(kind, 0.05, seed, spread=spread), seed, 0.05) for spread in (0.1, 0.01)]
+        ratio = ends[1] / ends[0] if math.isfinite(ends[1]) else math.inf
+        limit = {"below": 1.05} if kind == "v1" else {"above": 2.0}
+        measured(about, f"{words} {name}", ratio, **limit)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_shared_array_beats_pruning_at_every_ratio(seed: int, measured: Measured) -> None:
+    for keep in (1.0, 0.1, 0.01):
+        mine = taught(network("v1", keep, seed), seed, 0.05)
+        pruned = taught(network("dense", 1.0, seed), seed, 0.05, keep=keep)
+        claim = f"keep = {keep:.0%}: loss over that of as many weights kept by size at the start"
+        measured("reparam.hashed", claim, mine / pruned, below=1.0 if keep < 1 else 1.1)
