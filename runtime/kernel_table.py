@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from effc.compiler.model import Model
 from effc.kernels.gpu.launches import Launch
 from effc.kernels.program.call import Call
 from effc.passes.lower.decoder import Unlowered, lower
+from effc.passes.lower.gpu import launches
 from effc.runtime.decoder import device_of, launched
+
+if TYPE_CHECKING:
+    from effc.passes.lower.gpu import Rows
 
 _LAYER = re.compile(r"^layers\.(\d+)\.?")
 Row = tuple[str, str, str, str]
 
 
-def kernels_of(model: Model) -> dict[str, Any]:
+def kernels_of(model: Model, launched_rows: Rows | None = None) -> dict[str, Any]:
     """`rows` of `where`, `nodes`, `kernel` and `why`; without a program none, and `why` there is none.
 
-    The C program's, or the launches of the GPU that the weights are on.
+    The C program's, or the launches of the GPU that the weights are on. With `launched_rows` those that a GPU
+    would have if linear layers multiplied such rows; no weights and no GPU are needed.
+
+    Raises:
+        EffcError: E504 when launches are asked for and Triton is not installed.
     """
     try:
         if not hasattr(model.gm, "head"):
             raise Unlowered("the model has no head that could write text")
-        on_gpu = device_of(model).type == "cuda"
-        calls: Sequence[Call | Launch] = launched(model).launches if on_gpu else lower(model).plan.calls
+        calls: Sequence[Call | Launch]
+        if launched_rows is not None:
+            calls = launches(model, torch.device("meta"), launched_rows).launches
+        elif device_of(model).type == "cuda":
+            calls = launched(model).launches
+        else:
+            calls = lower(model).plan.calls
     except Unlowered as reason:
         return {"rows": [], "why": str(reason)}
     names = ("where", "nodes", "kernel", "why")
