@@ -12,10 +12,12 @@ import torch
 from effc.compiler.cost import count
 from effc.compiler.model import Model
 from effc.compiler.plan import ATTENDED
+from effc.kernels.cpu.isa import available
 from effc.kernels.experts.linear import ExpertLinearSpec
 from effc.runtime.bandwidth import read_rate
 from effc.runtime.choice import Choice, choose
 from effc.runtime.decoder import Ready, decoder, ready
+from effc.runtime.kernel_ways import way_lines, ways_of
 from effc.runtime.peak import high_water
 from effc.runtime.program_loss import program_loss
 from effc.specs.units import fmt_bytes, fmt_count, fmt_seconds
@@ -120,6 +122,7 @@ def bench(
     record["peak_bytes"] = high_water()
     if found is not None and choice.kernels == "c":  # behind the peak, as the test of reading is large
         record |= _memory(model, choice, found)
+        record["ways"] = ways_of(model) if choice.isa is available()[0] else []
     return record
 
 
@@ -158,6 +161,8 @@ def bench_text(record: dict[str, Any]) -> str:
         change = record["program_loss"] / record["loss"] - 1
         lines.append(("", f"{record['program_loss']:.4f} nats a token by the C program ({change:+.2%})"))
     lines.append(("peak memory", fmt_bytes(record["peak_bytes"])))
+    for i, (kernel, rows, way, why) in enumerate(way_lines(record.get("ways", []))):
+        lines.append(("" if i else "ways", f"{kernel}{': ' if kernel else '  '}{rows} by {way} ({why})"))
     return "\n".join(f"{what:<18}{value}" for what, value in lines)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 from effc.compiler.model import Model
 from effc.kernels.program.emit import emit
+from effc.kernels.program.settle import kernels
+from effc.kernels.quant_linear import emit_c
 from effc.passes.lower.decoder import Unlowered, lower
 
 PROGRAM = "program.c"
@@ -21,6 +23,9 @@ PROGRAM = "program.c"
 
 def kernel_texts(model: Model) -> tuple[dict[str, str], dict[str, Any]]:
     """File -> text, and the lock's entry: the program's key, and the spec of each kernel by its key.
+
+    A spec pins whatever changes the order of a sum. `ways` are what is left to each machine to measure, by
+    kernel: they change no bit.
 
     A model without a C program has no text, and the entry says why.
     """
@@ -32,7 +37,9 @@ def kernel_texts(model: Model) -> tuple[dict[str, str], dict[str, Any]]:
         return {}, {"why": str(reason)}
     text, _ = emit(plan)
     specs = {spec.key: json.loads(spec.describe()) for call in plan.calls for spec in call.specs}
-    return {PROGRAM: text}, {"program": _key(text), "specs": specs}
+    entry = {"program": _key(text), "specs": specs}
+    free = {key: list(emit_c.NAMES) for key in kernels(plan)}
+    return {PROGRAM: text}, entry | ({"ways": free} if free else {})
 
 
 def differences(texts: Mapping[str, str], locked: Any, model: Model) -> list[str]:

@@ -22,12 +22,19 @@ INLINE void score_$key(const int P, const int B, const float *RESTRICT q, const 
   part a[8][4][PARTS];
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++) a[i][b][l] = (part){0};
-  for (long d = 0; d < $h; d++)
+  for (long d = 0; d < $h; d++) {
+    part w[4][PARTS];
     UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++) {
-      const part w = $load(k + (b * $h + d) * 16 + l * LANES);
+      w[b][l] = $load(k + (b * $h + d) * 16 + l * LANES);
+      if (P > 1) LOADED(w[b][l]);
       if (l == 0) __builtin_prefetch(k + (b * $h + d) * 16 + ahead, 0, 2);
-      UNROLL for (int i = 0; i < P; i++) a[i][b][l] += w * q[i * $h + d];
     }
+    UNROLL for (int i = 0; i < P; i++) {
+      part x = part_all(q[i * $h + d]);
+      LOADED(x);
+      UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++) a[i][b][l] += w[b][l] * x;
+    }
+  }
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++)
       memcpy(p + i * $step + 16 * b + l * LANES, &a[i][b][l], sizeof(part));
@@ -40,12 +47,19 @@ INLINE void weigh_$key(const int P, const int V, const float *RESTRICT p, const 
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++)
       a[i][x][l] = part_float32(y + i * $padded + 16 * x + l * LANES);
-  for (long n = 0; n < count; n++)
+  for (long n = 0; n < count; n++) {
+    part w[8][PARTS];
     UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++) {
-      const part w = $load(v + n * $padded + 16 * x + l * LANES);
+      w[x][l] = $load(v + n * $padded + 16 * x + l * LANES);
+      if (P > 1) LOADED(w[x][l]);
       if (l == 0) __builtin_prefetch(v + n * $padded + 16 * x + ahead, 0, 2);
-      UNROLL for (int i = 0; i < P; i++) a[i][x][l] += w * p[i * $step + n];
     }
+    UNROLL for (int i = 0; i < P; i++) {
+      part one = part_all(p[i * $step + n]);
+      LOADED(one);
+      UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++) a[i][x][l] += w[x][l] * one;
+    }
+  }
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++)
       memcpy(y + i * $padded + 16 * x + l * LANES, &a[i][x][l], sizeof(part));

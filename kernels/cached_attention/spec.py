@@ -20,7 +20,7 @@ class CachedAttentionSpec(KernelSpec, frozen=True):
     """
 
     op: ClassVar[str] = "cached_attention"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     heads: int = Field(gt=0)
     kv_heads: int = Field(gt=0)

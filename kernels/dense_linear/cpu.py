@@ -23,8 +23,8 @@ def parse(data: Mapping[str, Any]) -> DenseLinearSpec:
 
 
 def cases(spec: DenseLinearSpec) -> Iterator[Case]:
-    """Rows of every tile, channels and columns that fill no vector, columns in two chunks."""
-    for m, n, k in ((1, 37, 100), (2, 16, 7), (8, 35, 33), (5, 20, 530)):
+    """Rows of every tile and of panels, channels and columns that fill no vector, columns in two chunks."""
+    for m, n, k in ((1, 37, 100), (2, 16, 7), (8, 35, 33), (5, 20, 530), (66, 83, 9), (65, 20, 1050)):
         dice = torch.Generator().manual_seed(m)
         x = torch.randn(m, k, generator=dice)
         w, w2 = (torch.randn(n, k, generator=dice).div(k**0.5).to(DTYPES[spec.weight]) for _ in range(2))

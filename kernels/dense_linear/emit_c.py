@@ -11,8 +11,12 @@ from functools import cache
 from effc.kernels.cpu.entry import self_contained
 from effc.kernels.cpu.parts import PARTS
 from effc.kernels.cpu.stored import STORED, Stored
+from effc.kernels.dense_linear import panels_c
 from effc.kernels.dense_linear.spec import BLOCK, DenseLinearSpec
 from effc.kernels.epilogue import EPILOGUES, operands
+
+MANY = 64
+"""From this many rows on panels are laid out; proved bit-equal, so not in the spec."""
 
 TILES = (
     PARTS
@@ -79,7 +83,8 @@ INLINE void step_{kind}(const int R, const int C, const float *x, const stored_{
     part a[MOST_ROWS];
     UNROLL for (int r = 0; r < R; r++) a[r] = part_float32(x + r * K + k + LANES * p);
     UNROLL for (int c = 0; c < C; c++) {{
-      const part b = part_{kind}(row[c] + k + LANES * p);
+      part b = part_{kind}(row[c] + k + LANES * p);
+      if (R > 1) LOADED(b);
       UNROLL for (int r = 0; r < R; r++) acc[r][c][p] += a[r] * b;
     }}
   }}
@@ -146,6 +151,8 @@ def function(spec: DenseLinearSpec) -> str:
     kind = spec.weight
     takes = "".join(f", const float *RESTRICT {name}" for name in operands(spec.epilogue))
     lines = [f"a = {EPILOGUES[name].c};" for name in spec.epilogue]
+    gives = "".join(f", {name}" for name in operands(spec.epilogue))
+    by_panels = panels_c.function(spec, takes, lines)
     second = ""
     if spec.paired:
         lines.insert(1, "a = a * second[r];")
@@ -153,10 +160,11 @@ def function(spec: DenseLinearSpec) -> str:
             f"\n      f32x16 second[MOST_ROWS];\n      sixteen_{kind}(rows, x + m0 * K, w2, n, N, K, second);"
         )
     steps = "".join(f"\n        {line}" for line in lines)
-    return f"""{STORED}{TILES}{_sums(kind)}
+    return f"""{STORED}{TILES}{_sums(kind)}{by_panels}
 static void dense_linear_{spec.key}(const float *RESTRICT x, const stored_{kind} *RESTRICT w,
     const stored_{kind} *RESTRICT w2, float *RESTRICT y{takes},
     long M, long N, long K, long first, long last) {{
+  if (M >= {MANY} && panels_{spec.key}(x, w, w2, y{gives}, M, N, K, first, last)) return;
   for (long n = first * {BLOCK}; n < last * {BLOCK}; n += {BLOCK}) {{
     const long count = N - n;
     for (long m0 = 0; m0 < M; m0 += MOST_ROWS) {{

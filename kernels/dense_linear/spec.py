@@ -21,7 +21,7 @@ class DenseLinearSpec(KernelSpec, frozen=True):
     """
 
     op: ClassVar[str] = "dense_linear"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     weight: Stored = "float32"
     paired: bool = False

@@ -37,7 +37,7 @@ class ExpertLinearSpec(KernelSpec, frozen=True):
     """`dense` or `packed` for each expert on its rows; their epilogues have no operands."""
 
     op: ClassVar[str] = "expert_linear"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     experts: int = Field(gt=0, le=4096)
     active: int = Field(gt=0)

@@ -17,6 +17,8 @@ from effc.kernels.cpu.team import TEAM_HEADER
 from effc.kernels.cpu.vectors import VECTORS
 from effc.kernels.program.call import Call, Plan, Split
 from effc.kernels.program.memory import places
+from effc.kernels.program.settle import kernels as tried
+from effc.kernels.quant_linear import trial
 
 LOGITS = "logits"
 """The buffer that the caller gives."""
@@ -116,6 +118,7 @@ def emit(plan: Plan) -> tuple[str, list[str]]:
         )
         first, caches = first + times * each, caches + times * kept
     functions = list(dict.fromkeys(text for call in plan.calls for text in call.functions))
+    functions += [trial.function(spec) for spec, _ in tried(plan).values()]
     functions.append(choose_token.function(CHOICE))
     main = _MAIN.format(
         calls="\n".join(lines), arena=width, own=own, vocab=f"{plan.vocab}L", choice=CHOICE.key

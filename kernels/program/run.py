@@ -17,10 +17,11 @@ from effc.kernels.cached_attention.spec import CachedAttentionSpec
 from effc.kernels.cpu.build import build, load
 from effc.kernels.cpu.entry import team
 from effc.kernels.cpu.isa import Isa
-from effc.kernels.cpu.pages import in_large_pages
+from effc.kernels.cpu.pages import in_large_pages, room
 from effc.kernels.linear_attention.spec_c import RecurrentSpec
 from effc.kernels.program.call import Plan
 from effc.kernels.program.emit import emit
+from effc.kernels.program.settle import settle
 from effc.kernels.recurrent_cell import RecurrentCellSpec
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
@@ -70,6 +71,8 @@ class Program:
         self.tensors = in_large_pages({name: tensors[name] for name in dict.fromkeys(names)})
         addresses = [self.tensors[name].data_ptr() for name in names]
         self.table = (_POINTER * max(1, len(addresses)))(*addresses)
+        self.found = settle(plan, self.library, self.tensors, isa, threads)
+        """What was measured of its kernels on this machine."""
 
     @property
     def bytes(self) -> int:
@@ -92,7 +95,7 @@ class Session:
         """`longest`: tokens of the longest sequence; `rows`: most rows of a call."""
         self.program, self.rows, self.slots = program, rows, slots
         members = program.threads
-        self.arena = torch.empty(program.library.arena_bytes(rows) + 64, dtype=torch.uint8)
+        self.arena = room(program.library.arena_bytes(rows) + 64)
         self.own_bytes = program.library.own_bytes()
         self.own = torch.empty(self.own_bytes * members + 64, dtype=torch.uint8)
         self.best = torch.empty(rows, members)

@@ -11,6 +11,7 @@ from functools import cache
 from effc.kernels.cpu.parts import PARTS
 from effc.kernels.cpu.team import TEAM_HEADER
 from effc.kernels.cpu.vectors import VECTORS
+from effc.kernels.cpu.ways import BUCKETS, WAYS
 from effc.kernels.epilogue import EPILOGUES, operands
 from effc.kernels.quant_linear import planes, tiles_c
 from effc.kernels.quant_linear.spec import BLOCK, QuantLinearSpec
@@ -121,8 +122,10 @@ def title(spec: QuantLinearSpec) -> str:
 
 TILES = ((6, 2), (3, 4), (2, 4), (1, 4))
 """Rows of x and vectors of W whose sums the registers hold; proved bit-equal, so not in the spec."""
+NAMES = ("vectors", "matrix units")
+"""The ways of a call, proved bit-equal, so not in the spec; the second needs AMX."""
 FEW = 4
-"""From this many rows on matrix units take over, where there are any."""
+"""From this many rows on matrix units take over, until the machine has measured its own."""
 CHAINS = {name: step.c for name, step in EPILOGUES.items()}
 
 
@@ -135,24 +138,38 @@ def function(spec: QuantLinearSpec) -> str:
     outputs = BLOCK // 2 if spec.paired else BLOCK
     tiles = "".join(_tile(spec, rows, vectors, takes) for rows, vectors in TILES)
     loops = "".join(_loop(spec, rows, vectors, gives) for rows, vectors in TILES)
+    table = ", ".join(map(str, usual()))
     return f"""
 #undef WIDTH
 #undef COLUMNS
 #define WIDTH(K) {width}
 #define COLUMNS {outputs}L
-{tiles}{tiles_c.function(spec, takes)}
+{tiles}{tiles_c.function(spec, takes)}{WAYS}
+#if defined(TILE_LOAD)
+static signed char way_{spec.key}[WAYS] = {{{table}}};
+#endif
 static void quant_linear_{spec.key}(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint8_t *RESTRICT w, float *RESTRICT y{takes}, long M, long N, long K, long first, long last) {{
 #if defined(TILE_LOAD)
-  if (M >= {FEW} && {tiles_c.fits(spec)} && tiles_{spec.key}(xq, xs, xsum, w, y{gives}, M, N, K, first, last))
-    return;
+  if (way_{spec.key}[bucket_of(M)] && {tiles_c.fits(spec)}
+      && tiles_{spec.key}(xq, xs, xsum, w, y{gives}, M, N, K, first, last)) return;
 #endif
   for (long block = first; block < last; block++) {{
     long m = 0;
 {loops}  }}
 }}
 """
+
+
+def usual() -> tuple[int, ...]:
+    """The way of each bucket of rows where nothing has been measured."""
+    return tuple(int(least >= FEW) for least in BUCKETS)
+
+
+def by_units(spec: QuantLinearSpec, k: int) -> bool:
+    """Whether a matrix of k columns can go through matrix units: its groups are made of whole steps."""
+    return bool(spec.group) or k % tiles_c.step(spec) == 0
 
 
 def _tile(spec: QuantLinearSpec, rows: int, vectors: int, takes: str) -> str:

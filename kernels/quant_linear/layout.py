@@ -38,6 +38,12 @@ def pack(spec: QuantLinearSpec, codes: Tensor, scales: Tensor, zeros: Tensor | N
     return torch.cat([part.reshape(blocks, groups, -1) for part in parts], 2).contiguous()
 
 
+def columns(spec: QuantLinearSpec, packed: Tensor) -> int:
+    """K of a packed matrix [N' / 64, G, *]."""
+    head = BLOCK * (2 if spec.symmetric else 3)
+    return packed.shape[1] * (packed.shape[2] - head) * 8 // (BLOCK * spec.bits)
+
+
 def unpack(spec: QuantLinearSpec, packed: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inverse of `pack`: codes [N, K] uint8, scales [N, G], zeros [N, G] uint8 or None."""
     blocks, groups, size = packed.shape

@@ -20,7 +20,7 @@ class QuantLinearSpec(KernelSpec, frozen=True):
     """
 
     op: ClassVar[str] = "quant_linear"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     bits: Literal[2, 3, 4, 8]
     group: int = Field(ge=0)

@@ -84,7 +84,7 @@ def step(spec: QuantLinearSpec) -> int:
 
 
 def fits(spec: QuantLinearSpec) -> str:
-    """C expression: whether a group is made of whole steps."""
+    """C expression: whether a group is made of whole steps (as emit_c.by_units has it)."""
     return "1" if spec.group else f"K % {step(spec)} == 0"
 
 

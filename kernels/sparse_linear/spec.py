@@ -21,7 +21,7 @@ class SparseLinearSpec(KernelSpec, frozen=True):
     """What `packed` computes, bit for bit, from a bit a weight and the codes of those that are not zero."""
 
     op: ClassVar[str] = "sparse_linear"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     packed: QuantLinearSpec
 

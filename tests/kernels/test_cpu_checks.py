@@ -165,9 +165,9 @@ FAULTS: dict[str, tuple[int, str, str, str]] = {
     "no power that is one": (32, "& (u32x16)(e != -128)", "", "y["),
     "scales of the first group": (33, "(block * groups + g)", "(block * groups)", "y["),
     "phases that are added twice": (6, "s + (i + 8) * by + at", "s + i * by + at", "y["),
-    "a panel past the last channel": (6, "n + c + i < N ? n + c + i : N - 1", "n + c + i", "AddressSanitizer"),
+    "a panel past the last channel": (6, "n + c + i < N ? n + c + i : N - 1", "n + c + i", "AddressSan"),
     "a panel past the last column": (6, "* K + k, end - k)", "* K + k, 16)", ""),
-    "a chunk of columns forgotten": (6, "if (from == 0) memset", "memset", "y["),
+    "a chunk of columns forgotten": (6, "else if (from == 0) phase", "else if (1) phase", "y["),
     "the first panel twice": (5, "panel + WIDE * columns, from", "panel, from", "y["),
     "sums of the first plane": (33, "+= sum[p][v] * (", "+= sum[0][v] * (", "y["),
 }  # fmt: skip

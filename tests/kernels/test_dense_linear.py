@@ -12,7 +12,9 @@ from torch import Tensor
 
 from effc.kernels.cpu.isa import available
 from effc.kernels.cpu.stored import DTYPES
+from effc.kernels.dense_linear import panels_c
 from effc.kernels.dense_linear.call import dense_linear
+from effc.kernels.dense_linear.emit_c import MANY
 from effc.kernels.dense_linear.reference import reference
 from effc.kernels.dense_linear.spec import DenseLinearSpec
 
@@ -58,6 +60,22 @@ def test_a_row_does_not_depend_on_the_others_and_nan_stays_in_its_row() -> None:
             keep = [i for i in range(m) if i != m // 2]
             assert torch.equal(alone[keep], together[keep]), (isa, m)
             assert bool(together[m // 2].isnan().all())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.weight)
+def test_panels_give_the_bits_of_single_rows(spec: DenseLinearSpec) -> None:
+    """Rows from which panels are laid out, a few more than whole tiles; one chunk of columns and two."""
+    for m, n, k in ((MANY, 70, 100), (MANY + 5, 33, panels_c.CHUNK + 77), (panels_c.ROWS + 7, 16, 7)):
+        x, w, w2, given = inputs(spec, m, n, k)
+        for isa in available():
+            together = dense_linear(spec, isa, x, w, w2, given, 2)
+            rows = range(0, m, 3)
+            some = [{key: t[i : i + 1] if len(t) == m else t for key, t in given.items()} for i in rows]
+            alone = [
+                dense_linear(spec, isa, x[i : i + 1], w, w2, one, 1)
+                for i, one in zip(rows, some, strict=True)
+            ]
+            assert torch.equal(torch.cat(alone), together[::3]), (isa, m, n, k)
 
 
 def test_whole_numbers_give_exact_sums() -> None:

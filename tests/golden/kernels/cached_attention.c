@@ -8,9 +8,26 @@ enum { LANES = 8, PARTS = 2 };
 #else
 enum { LANES = 4, PARTS = 4 };
 #endif
+/* a value that several sums use is loaded once: compilers load it with every one of them otherwise */
+#if defined(__AVX512F__)
+#define LOADED(v) __asm__("" : "+v"(v))
+#elif defined(__AVX2__)
+#define LOADED(v) __asm__("" : "+x"(v))
+#else
+#define LOADED(v) ((void)0)
+#endif
 typedef float    part        __attribute__((vector_size(4 * LANES)));
 typedef uint16_t part_of_u16 __attribute__((vector_size(2 * LANES)));
 typedef uint32_t part_of_u32 __attribute__((vector_size(4 * LANES)));
+INLINE part part_all(float a) {   /* loaded to all lanes at once */
+#if defined(__AVX512F__)
+  return (part)_mm512_set1_ps(a);
+#elif defined(__AVX2__)
+  return (part)_mm256_set1_ps(a);
+#else
+  return (part){a, a, a, a};
+#endif
+}
 INLINE part part_float32(const float *p) { part v; memcpy(&v, p, sizeof v); return v; }
 INLINE part part_bfloat16(const uint16_t *p) {   /* gcc 12 converts to 512 bits in halves, twice the cost */
 #if defined(__AVX512F__)
@@ -34,14 +51,14 @@ INLINE part part_float16(const uint16_t *p) {
 }
 #endif
 
-INLINE uint16_t nearest_bf16_96f9c581bd85f9ea(float a) {
+INLINE uint16_t nearest_bf16_5be885ea22348ff3(float a) {
   uint32_t bits; memcpy(&bits, &a, 4);
   if (a != a) return (uint16_t)(bits >> 16 | 0x40);   /* rounding could carry a NaN into infinity */
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 /* y = one head of q or k: normed where asked, its first dimensions turned, times scale */
-INLINE void head_96f9c581bd85f9ea(const float *RESTRICT x, const float *RESTRICT gain, const float *RESTRICT c,
+INLINE void head_5be885ea22348ff3(const float *RESTRICT x, const float *RESTRICT gain, const float *RESTRICT c,
                       const float *RESTRICT s, const float scale, float *RESTRICT y) {
   if (0) {
     f32x16 squares = {0};
@@ -63,7 +80,7 @@ INLINE void head_96f9c581bd85f9ea(const float *RESTRICT x, const float *RESTRICT
    Rows q [M, H h], k and v [M, Hk h] at their strides; slot, position and the row of the tables, turn [M];
    cosines and sines [*, r / 2], gains [h], none of which is read when the spec does not ask for it
    -> keys [slots, Hk, S / 16, h, 16], values [slots, Hk, S, h'], queries [Hk, M, G, h] */
-static void write_cache_96f9c581bd85f9ea(
+static void write_cache_5be885ea22348ff3(
     const float *RESTRICT q, const float *RESTRICT k, const float *RESTRICT v,
     long q_stride, long k_stride, long v_stride,
     const int64_t *RESTRICT slot, const int64_t *RESTRICT position, const int64_t *RESTRICT turn,
@@ -77,10 +94,10 @@ static void write_cache_96f9c581bd85f9ea(
     const long head = slot[m] * 2 + j, at = position[m];
     const float *c = 32 ? cosines + turn[m] * 32 : 0, *s = 32 ? sines + turn[m] * 32 : 0;
     for (long g = 0; g < 4; g++)
-      head_96f9c581bd85f9ea(q + m * q_stride + (j * 4 + g) * 64, q_gain, c, s, 0.125f,
+      head_5be885ea22348ff3(q + m * q_stride + (j * 4 + g) * 64, q_gain, c, s, 0.125f,
                 queries + ((j * M + m) * 4 + g) * 64);
     float turned[64];
-    head_96f9c581bd85f9ea(k + m * k_stride + j * 64, k_gain, c, s, 1, turned);
+    head_5be885ea22348ff3(k + m * k_stride + j * 64, k_gain, c, s, 1, turned);
     float *to = keys + (head * S + at / 16 * 16) * 64 + at % 16;
     for (long d = 0; d < 64; d++) to[16 * d] = (turned[d]);
     const float *from = v + m * v_stride + j * 64;
@@ -102,54 +119,68 @@ static void write_cache_96f9c581bd85f9ea(
 #endif
 
 /* p [P, 64] = q [P, 64] times 16 B keys */
-INLINE void score_96f9c581bd85f9ea(const int P, const int B, const float *RESTRICT q, const float *RESTRICT k, long ahead,
+INLINE void score_5be885ea22348ff3(const int P, const int B, const float *RESTRICT q, const float *RESTRICT k, long ahead,
                        float *RESTRICT p) {
   part a[8][4][PARTS];
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++) a[i][b][l] = (part){0};
-  for (long d = 0; d < 64; d++)
+  for (long d = 0; d < 64; d++) {
+    part w[4][PARTS];
     UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++) {
-      const part w = part_float32(k + (b * 64 + d) * 16 + l * LANES);
+      w[b][l] = part_float32(k + (b * 64 + d) * 16 + l * LANES);
+      if (P > 1) LOADED(w[b][l]);
       if (l == 0) __builtin_prefetch(k + (b * 64 + d) * 16 + ahead, 0, 2);
-      UNROLL for (int i = 0; i < P; i++) a[i][b][l] += w * q[i * 64 + d];
     }
+    UNROLL for (int i = 0; i < P; i++) {
+      part x = part_all(q[i * 64 + d]);
+      LOADED(x);
+      UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++) a[i][b][l] += w[b][l] * x;
+    }
+  }
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int b = 0; b < B; b++) UNROLL for (int l = 0; l < PARTS; l++)
       memcpy(p + i * 64 + 16 * b + l * LANES, &a[i][b][l], sizeof(part));
 }
 
 /* y [P, 16 V of 64] += p [P, 64] times `count` values */
-INLINE void weigh_96f9c581bd85f9ea(const int P, const int V, const float *RESTRICT p, const float *RESTRICT v, long ahead,
+INLINE void weigh_5be885ea22348ff3(const int P, const int V, const float *RESTRICT p, const float *RESTRICT v, long ahead,
                        long count, float *RESTRICT y) {
   part a[8][8][PARTS];
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++)
       a[i][x][l] = part_float32(y + i * 64 + 16 * x + l * LANES);
-  for (long n = 0; n < count; n++)
+  for (long n = 0; n < count; n++) {
+    part w[8][PARTS];
     UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++) {
-      const part w = part_float32(v + n * 64 + 16 * x + l * LANES);
+      w[x][l] = part_float32(v + n * 64 + 16 * x + l * LANES);
+      if (P > 1) LOADED(w[x][l]);
       if (l == 0) __builtin_prefetch(v + n * 64 + 16 * x + ahead, 0, 2);
-      UNROLL for (int i = 0; i < P; i++) a[i][x][l] += w * p[i * 64 + n];
     }
+    UNROLL for (int i = 0; i < P; i++) {
+      part one = part_all(p[i * 64 + n]);
+      LOADED(one);
+      UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++) a[i][x][l] += w[x][l] * one;
+    }
+  }
   UNROLL for (int i = 0; i < P; i++)
     UNROLL for (int x = 0; x < V; x++) UNROLL for (int l = 0; l < PARTS; l++)
       memcpy(y + i * 64 + 16 * x + l * LANES, &a[i][x][l], sizeof(part));
 }
 
 /* rows 0 to P of q against the keys from..to of one step, in whole vectors */
-static void scores_96f9c581bd85f9ea(long P, const float *RESTRICT q, const float *RESTRICT k, long ahead,
+static void scores_5be885ea22348ff3(long P, const float *RESTRICT q, const float *RESTRICT k, long ahead,
                         long from, long to, float *RESTRICT p) {
   long i = 0;
 #define EACH(ROWS, B, V) \
   for (; i + ROWS <= P; i += ROWS) \
     for (long n = from / (16 * B) * (16 * B); n < to; n += 16 * B) \
-      score_96f9c581bd85f9ea(ROWS, B, q + i * 64, k + n * 64, i ? 0 : ahead * 64, p + i * 64 + n);
+      score_5be885ea22348ff3(ROWS, B, q + i * 64, k + n * 64, i ? 0 : ahead * 64, p + i * 64 + n);
   TILES_OF_ROWS(EACH)
 #undef EACH
 }
 
 /* rows 0 to P of y take the values from..to of one step */
-static void sums_96f9c581bd85f9ea(long P, const float *RESTRICT p, const float *RESTRICT v, long ahead,
+static void sums_5be885ea22348ff3(long P, const float *RESTRICT p, const float *RESTRICT v, long ahead,
                       long from, long to, float *RESTRICT y) {
   if (from >= to) return;
   long i = 0;
@@ -157,7 +188,7 @@ static void sums_96f9c581bd85f9ea(long P, const float *RESTRICT p, const float *
   v += from * 64;
 #define SOME(ROWS, V) \
   for (; x + V <= 4; x += V) \
-    weigh_96f9c581bd85f9ea(ROWS, V, p + i * 64, v + 16 * x, i ? 0 : ahead * 64, to - from, \
+    weigh_5be885ea22348ff3(ROWS, V, p + i * 64, v + 16 * x, i ? 0 : ahead * 64, to - from, \
                y + i * 64 + 16 * x);
 #define EACH(ROWS, B, V) \
   for (; i + ROWS <= P; i += ROWS) { long x = 0; SOME(ROWS, V) if (V > 4) SOME(ROWS, 4) SOME(ROWS, 1) }
@@ -166,7 +197,7 @@ static void sums_96f9c581bd85f9ea(long P, const float *RESTRICT p, const float *
 #undef SOME
 }
 
-INLINE float most_of_96f9c581bd85f9ea(f32x16 v) {
+INLINE float most_of_5be885ea22348ff3(f32x16 v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
 #else
@@ -179,7 +210,7 @@ INLINE float most_of_96f9c581bd85f9ea(f32x16 v) {
 }
 
 /* e^v for v below 20, 0 below -87.7: shorter than `exponential`, with the same polynomial */
-INLINE f32x16 weight_96f9c581bd85f9ea(f32x16 v) {
+INLINE f32x16 weight_5be885ea22348ff3(f32x16 v) {
   const f32x16 x = choose(v < -100.0f, all(-100.0f), v), t = x * 1.44269504088896341f + 12582912.0f;
   const f32x16 n = t - 12582912.0f, r = x - n * 0.693359375f + n * 2.12194440e-4f;
   const i32x16 e = (i32x16)t - 0x4b400000;   /* 12582912 = 1.5 * 2^23 leaves n in the last bits of t */
@@ -195,7 +226,7 @@ INLINE f32x16 weight_96f9c581bd85f9ea(f32x16 v) {
 
 /* scores from..to of one step become weights e^(score - base), the others 0. The base is the largest score of
    the first step; it follows later ones when they pass it by 16, so that no weight passes 2^24 */
-INLINE void soften_96f9c581bd85f9ea(float *RESTRICT p, const int whole, long from, long to, float *RESTRICT base,
+INLINE void soften_5be885ea22348ff3(float *RESTRICT p, const int whole, long from, long to, float *RESTRICT base,
                         f32x16 *RESTRICT total, float *RESTRICT sum) {
   const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   f32x16 s[64 / 16], top = all(-INFINITY);
@@ -206,7 +237,7 @@ INLINE void soften_96f9c581bd85f9ea(float *RESTRICT p, const int whole, long fro
     s[b] = whole ? a : choose((n >= (int)from) & (n < (int)to), a, all(-INFINITY));
     top = larger(s[b], top);   /* passes over what is not a number; its weight will not be one */
   }
-  const float most = most_of_96f9c581bd85f9ea(top), before = *base;
+  const float most = most_of_5be885ea22348ff3(top), before = *base;
   if (most > before + 16) {
     *base = most;
     if (before > -INFINITY) {
@@ -218,7 +249,7 @@ INLINE void soften_96f9c581bd85f9ea(float *RESTRICT p, const int whole, long fro
   const float less = *base == -INFINITY ? 0 : *base;
   f32x16 sum_of_all = *total;
   UNROLL for (int b = 0; b < 64 / 16; b++) {
-    const f32x16 e = weight_96f9c581bd85f9ea(s[b] - less);
+    const f32x16 e = weight_5be885ea22348ff3(s[b] - less);
     sum_of_all += e;
     store(p + 16 * b, e);
   }
@@ -226,20 +257,20 @@ INLINE void soften_96f9c581bd85f9ea(float *RESTRICT p, const int whole, long fro
 }
 
 /* the first key that a token sees, down to a whole step */
-INLINE long start_96f9c581bd85f9ea(long position) {
+INLINE long start_5be885ea22348ff3(long position) {
   return 0 && position >= 0 ? (position - 0 + 1) / 64 * 64 : 0;
 }
 
 /* 4 queries of each of n tokens, at `position` and after it, of one sequence, whose keys begin at number
    `head` of all; y is the first token's. `next` is the first key that is read afterwards, -1 for none */
-static void together_96f9c581bd85f9ea(const float *RESTRICT q, const float *RESTRICT keys, const float *RESTRICT values,
+static void together_5be885ea22348ff3(const float *RESTRICT q, const float *RESTRICT keys, const float *RESTRICT values,
                           long S, long head, long next, long position, long n, float *RESTRICT y) {
   float p[16 * 64], sum[16 * 64], base_of[16];
   f32x16 total[16];
   const long P = n * 4, end = position + n;
   for (long i = 0; i < P; i++) { base_of[i] = -INFINITY; total[i] = all(0.0f); }
   memset(sum, 0, sizeof(float) * P * 64);
-  for (long base = start_96f9c581bd85f9ea(position); base < end; base += 64) {
+  for (long base = start_5be885ea22348ff3(position); base < end; base += 64) {
     const long chunk = head + base;
     const float *k = keys + chunk * 64, *v = values + chunk * 64;
     /* what comes next is asked for while this is used */
@@ -250,20 +281,20 @@ static void together_96f9c581bd85f9ea(const float *RESTRICT q, const float *REST
       from[t] = lowest > 0 ? lowest : 0;
       to[t] = above < 64 ? above : 64;
     }
-    scores_96f9c581bd85f9ea(P, q, k, ahead, from[0], to[n - 1], p);
+    scores_5be885ea22348ff3(P, q, k, ahead, from[0], to[n - 1], p);
     for (long t = 0; t < n; t++)
       for (long i = t * 4; i < (t + 1) * 4; i++)
         if (from[t] == 0 && to[t] == 64)
-          soften_96f9c581bd85f9ea(p + i * 64, 1, 0, 64, base_of + i, total + i, sum + i * 64);
+          soften_5be885ea22348ff3(p + i * 64, 1, 0, 64, base_of + i, total + i, sum + i * 64);
         else if (from[t] < to[t])
-          soften_96f9c581bd85f9ea(p + i * 64, 0, from[t], to[t], base_of + i, total + i, sum + i * 64);
+          soften_5be885ea22348ff3(p + i * 64, 0, from[t], to[t], base_of + i, total + i, sum + i * 64);
     /* keys that all tokens see are summed together, those before and after for each token */
     const long low = from[n - 1], high = to[0] > low ? to[0] : low;
 #define ALONE(first, last) \
   for (long t = 0; t < n; t++) \
-    sums_96f9c581bd85f9ea(4, p + t * 4 * 64, v, 0, first, last, sum + t * 4 * 64);
+    sums_5be885ea22348ff3(4, p + t * 4 * 64, v, 0, first, last, sum + t * 4 * 64);
     ALONE(from[t], to[t] < low ? to[t] : low)
-    sums_96f9c581bd85f9ea(P, p, v, ahead, low, high, sum);
+    sums_5be885ea22348ff3(P, p, v, ahead, low, high, sum);
     ALONE(from[t] > high ? from[t] : high, to[t])
 #undef ALONE
   }
@@ -275,7 +306,7 @@ static void together_96f9c581bd85f9ea(const float *RESTRICT q, const float *REST
 }
 
 /* the row that is number i of M: units of 4, the first, the last, the second, the last but one, ... */
-INLINE long row_96f9c581bd85f9ea(long i, long M) {
+INLINE long row_5be885ea22348ff3(long i, long M) {
   const long units = (M + 4 - 1) / 4, tail = M - (units - 1) * 4;
   const long even = i < 4 + tail ? i : i + 4 - tail, turn = even / 4;
   return (turn % 2 ? units - 1 - turn / 2 : turn / 2) * 4 + even % 4;
@@ -283,18 +314,18 @@ INLINE long row_96f9c581bd85f9ea(long i, long M) {
 
 /* queries, keys and values as write_cache left them -> y [M, H h]; item i is row i % M (in an order that
    gives equal shares of a prefill equal work) of kv head i / M. Tokens that follow each other go together. */
-static void attend_96f9c581bd85f9ea(
+static void attend_5be885ea22348ff3(
     const float *RESTRICT queries, const float *RESTRICT keys, const float *RESTRICT values,
     const int64_t *RESTRICT slot, const int64_t *RESTRICT position, float *RESTRICT y,
     long M, long S, long first, long last) {
   for (long item = first; item < last;) {
-    const long j = item / M, m = row_96f9c581bd85f9ea(item % M, M), over = (m / 4 + 1) * 4;
+    const long j = item / M, m = row_5be885ea22348ff3(item % M, M), over = (m / 4 + 1) * 4;
     long n = 1;
     while (m + n < (over < M ? over : M) && item + n < last
            && slot[m + n] == slot[m] && position[m + n] == position[m] + n) n++;
-    const long then = item + n, r = row_96f9c581bd85f9ea(then % M, M), begin = start_96f9c581bd85f9ea(position[r]);
+    const long then = item + n, r = row_5be885ea22348ff3(then % M, M), begin = start_5be885ea22348ff3(position[r]);
     const long next = then < last ? (slot[r] * 2 + then / M) * S + begin : -1;
-    together_96f9c581bd85f9ea(queries + (j * M + m) * 4 * 64, keys, values, S, (slot[m] * 2 + j) * S, next,
+    together_5be885ea22348ff3(queries + (j * M + m) * 4 * 64, keys, values, S, (slot[m] * 2 + j) * S, next,
                   position[m], n, y + (m * 2 + j) * 4 * 64);
     item = then;
   }

@@ -66,7 +66,7 @@ static void starts(const int32_t *RESTRICT chosen, long size, long E, long *REST
 }
 #endif
 
-static void expert_linear_a7460dbf9dd8524f(const int32_t *RESTRICT chosen, const int8_t *RESTRICT xq,
+static void expert_linear_4ea385788a04b5b3(const int32_t *RESTRICT chosen, const int8_t *RESTRICT xq,
     const float *RESTRICT xs, const int32_t *RESTRICT xsum, const uint8_t *RESTRICT w, long apart,
     float *RESTRICT y, long M, long N, long K, long first, long last) {
   const long groups = K / 64;

@@ -8,9 +8,26 @@ enum { LANES = 8, PARTS = 2 };
 #else
 enum { LANES = 4, PARTS = 4 };
 #endif
+/* a value that several sums use is loaded once: compilers load it with every one of them otherwise */
+#if defined(__AVX512F__)
+#define LOADED(v) __asm__("" : "+v"(v))
+#elif defined(__AVX2__)
+#define LOADED(v) __asm__("" : "+x"(v))
+#else
+#define LOADED(v) ((void)0)
+#endif
 typedef float    part        __attribute__((vector_size(4 * LANES)));
 typedef uint16_t part_of_u16 __attribute__((vector_size(2 * LANES)));
 typedef uint32_t part_of_u32 __attribute__((vector_size(4 * LANES)));
+INLINE part part_all(float a) {   /* loaded to all lanes at once */
+#if defined(__AVX512F__)
+  return (part)_mm512_set1_ps(a);
+#elif defined(__AVX2__)
+  return (part)_mm256_set1_ps(a);
+#else
+  return (part){a, a, a, a};
+#endif
+}
 INLINE part part_float32(const float *p) { part v; memcpy(&v, p, sizeof v); return v; }
 INLINE part part_bfloat16(const uint16_t *p) {   /* gcc 12 converts to 512 bits in halves, twice the cost */
 #if defined(__AVX512F__)

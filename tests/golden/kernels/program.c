@@ -50,13 +50,13 @@ static void part_1(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.attention.q, layer.attention.k, layer.attention.v */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_4e13995d483bf5a6((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[1], (void *)(shared + 448 * capacity), M, 64, 32, i0, i1);
+    quant_linear_170f9d40b8c646fa((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[1], (void *)(shared + 448 * capacity), M, 64, 32, i0, i1);
   }
   a->team->meet(members);
   /* write_cache: layer.attention */
   { const long i0 = (M * 2) * member / members,
       i1 = (M * 2) * (member + 1) / members;
-    write_cache_93eb4106fe3d2a76((const float *)(void *)(shared + 448 * capacity) + 0, (const float *)(void *)(shared + 448 * capacity) + 32, (const float *)(void *)(shared + 448 * capacity) + 48, 64, 64, 64, a->slot, a->position, a->position,
+    write_cache_5b8b822d069922d9((const float *)(void *)(shared + 448 * capacity) + 0, (const float *)(void *)(shared + 448 * capacity) + 32, (const float *)(void *)(shared + 448 * capacity) + 48, 64, 64, 64, a->slot, a->position, a->position,
       cache[0].cosines, cache[0].sines, NULL, NULL, cache[0].keys, cache[0].values,
       (void *)(shared + 128 * capacity), M, cache[0].S, i0, i1);
   }
@@ -64,7 +64,7 @@ static void part_1(const struct program *a, int member, int members, const void 
   /* attend: layer.attention */
   { const long i0 = (M * 2) * member / members,
       i1 = (M * 2) * (member + 1) / members;
-    attend_93eb4106fe3d2a76((void *)(shared + 128 * capacity), cache[0].keys, cache[0].values, a->slot, a->position,
+    attend_5b8b822d069922d9((void *)(shared + 128 * capacity), cache[0].keys, cache[0].values, a->slot, a->position,
       (void *)(shared + 256 * capacity), M, cache[0].S, i0, i1);
   }
   a->team->meet(members);
@@ -74,7 +74,7 @@ static void part_1(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.attention.o */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_cdcdcabd5ce092fe((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 384 * row_capacity), w[2], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 32, i0, i1);
+    quant_linear_45cdcb5d9eb15477((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 384 * row_capacity), w[2], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 32, i0, i1);
   }
   a->team->meet(members);
   /* norm: layer.norm2 */
@@ -85,7 +85,7 @@ static void part_1(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.mlp.gate, layer.mlp.up */
   { const long i0 = (2) * member / members,
       i1 = (2) * (member + 1) / members;
-    quant_linear_71a92710a6edda94((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[4], (void *)(shared + 448 * capacity), M, 48, 32, i0, i1);
+    quant_linear_a4be6621cf7ee0ed((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[4], (void *)(shared + 448 * capacity), M, 48, 32, i0, i1);
   }
   a->team->meet(members);
   /* quantize: layer.mlp.down */
@@ -94,7 +94,7 @@ static void part_1(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.mlp.down */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_cdcdcabd5ce092fe((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[5], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 48, i0, i1);
+    quant_linear_45cdcb5d9eb15477((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[5], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 48, i0, i1);
   }
 }
 
@@ -116,13 +116,13 @@ static void part_2(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.attention.q, layer.attention.k, layer.attention.v */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_300e36827040eb8e((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[1], (void *)(shared + 448 * capacity), M, 64, 32, i0, i1);
+    quant_linear_ffc2e4a877a31c34((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[1], (void *)(shared + 448 * capacity), M, 64, 32, i0, i1);
   }
   a->team->meet(members);
   /* write_cache: layer.attention */
   { const long i0 = (M * 2) * member / members,
       i1 = (M * 2) * (member + 1) / members;
-    write_cache_93eb4106fe3d2a76((const float *)(void *)(shared + 448 * capacity) + 0, (const float *)(void *)(shared + 448 * capacity) + 32, (const float *)(void *)(shared + 448 * capacity) + 48, 64, 64, 64, a->slot, a->position, a->position,
+    write_cache_5b8b822d069922d9((const float *)(void *)(shared + 448 * capacity) + 0, (const float *)(void *)(shared + 448 * capacity) + 32, (const float *)(void *)(shared + 448 * capacity) + 48, 64, 64, 64, a->slot, a->position, a->position,
       cache[0].cosines, cache[0].sines, NULL, NULL, cache[0].keys, cache[0].values,
       (void *)(shared + 128 * capacity), M, cache[0].S, i0, i1);
   }
@@ -130,7 +130,7 @@ static void part_2(const struct program *a, int member, int members, const void 
   /* attend: layer.attention */
   { const long i0 = (M * 2) * member / members,
       i1 = (M * 2) * (member + 1) / members;
-    attend_93eb4106fe3d2a76((void *)(shared + 128 * capacity), cache[0].keys, cache[0].values, a->slot, a->position,
+    attend_5b8b822d069922d9((void *)(shared + 128 * capacity), cache[0].keys, cache[0].values, a->slot, a->position,
       (void *)(shared + 256 * capacity), M, cache[0].S, i0, i1);
   }
   a->team->meet(members);
@@ -140,7 +140,7 @@ static void part_2(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.attention.o */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_35dc99e8a2355276((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 384 * row_capacity), w[2], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 32, i0, i1);
+    quant_linear_0e724480174d4d3f((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 384 * row_capacity), w[2], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 32, i0, i1);
   }
   a->team->meet(members);
   /* norm: layer.norm2 */
@@ -151,7 +151,7 @@ static void part_2(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.mlp.gate, layer.mlp.up */
   { const long i0 = (2) * member / members,
       i1 = (2) * (member + 1) / members;
-    quant_linear_489351e1b6dcd03c((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[4], (void *)(shared + 448 * capacity), M, 48, 32, i0, i1);
+    quant_linear_29de8e56a7794a05((void *)(rows + 256 * row_capacity), (void *)(rows + 320 * row_capacity), (void *)(rows + 384 * row_capacity), w[4], (void *)(shared + 448 * capacity), M, 48, 32, i0, i1);
   }
   a->team->meet(members);
   /* quantize: layer.mlp.down */
@@ -160,7 +160,7 @@ static void part_2(const struct program *a, int member, int members, const void 
   /* quant_linear: layer.mlp.down */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_35dc99e8a2355276((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[5], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 48, i0, i1);
+    quant_linear_0e724480174d4d3f((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[5], (void *)(shared + 0 * capacity), (void *)(shared + 0 * capacity), M, 32, 48, i0, i1);
   }
 }
 
@@ -186,7 +186,7 @@ static void part_3(const struct program *a, int member, int members, const void 
   /* quant_linear: embedding */
   { const long i0 = (1) * member / members,
       i1 = (1) * (member + 1) / members;
-    quant_linear_4e13995d483bf5a6((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[1], a->logits, M, 61, 32, i0, i1);
+    quant_linear_170f9d40b8c646fa((void *)(rows + 128 * row_capacity), (void *)(rows + 192 * row_capacity), (void *)(rows + 256 * row_capacity), w[1], a->logits, M, 61, 32, i0, i1);
   }
 }
 

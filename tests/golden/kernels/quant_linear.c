@@ -4,7 +4,7 @@
 #define WIDTH(K) 64L
 #define COLUMNS 64L
 
-INLINE void tile6_52082ae05f4a3da4(const int v0, long m0, long block,
+INLINE void tile6_5e11ca8963f3fe1c(const int v0, long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint8_t *RESTRICT w, float *RESTRICT y, const float *RESTRICT bias, const float *RESTRICT residual, long N, long K) {
   const long width = WIDTH(K), groups = K / width, size = 192L + width * 32;
@@ -47,7 +47,7 @@ INLINE void tile6_52082ae05f4a3da4(const int v0, long m0, long block,
   }
 }
 
-INLINE void tile3_52082ae05f4a3da4(const int v0, long m0, long block,
+INLINE void tile3_5e11ca8963f3fe1c(const int v0, long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint8_t *RESTRICT w, float *RESTRICT y, const float *RESTRICT bias, const float *RESTRICT residual, long N, long K) {
   const long width = WIDTH(K), groups = K / width, size = 192L + width * 32;
@@ -90,7 +90,7 @@ INLINE void tile3_52082ae05f4a3da4(const int v0, long m0, long block,
   }
 }
 
-INLINE void tile2_52082ae05f4a3da4(const int v0, long m0, long block,
+INLINE void tile2_5e11ca8963f3fe1c(const int v0, long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint8_t *RESTRICT w, float *RESTRICT y, const float *RESTRICT bias, const float *RESTRICT residual, long N, long K) {
   const long width = WIDTH(K), groups = K / width, size = 192L + width * 32;
@@ -133,7 +133,7 @@ INLINE void tile2_52082ae05f4a3da4(const int v0, long m0, long block,
   }
 }
 
-INLINE void tile1_52082ae05f4a3da4(const int v0, long m0, long block,
+INLINE void tile1_5e11ca8963f3fe1c(const int v0, long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint8_t *RESTRICT w, float *RESTRICT y, const float *RESTRICT bias, const float *RESTRICT residual, long N, long K) {
   const long width = WIDTH(K), groups = K / width, size = 192L + width * 32;
@@ -177,7 +177,7 @@ INLINE void tile1_52082ae05f4a3da4(const int v0, long m0, long block,
 }
 
 #if defined(TILE_LOAD)
-static void unpack_52082ae05f4a3da4(uint8_t *RESTRICT out, const uint8_t *RESTRICT p, long v, long K) {
+static void unpack_5e11ca8963f3fe1c(uint8_t *RESTRICT out, const uint8_t *RESTRICT p, long v, long K) {
   const long width = WIDTH(K), groups = K / width, size = 192L + width * 32;
   for (long g = 0; g < groups; g++, p += size) {
     const uint8_t *codes = p + 192;
@@ -191,7 +191,7 @@ static void unpack_52082ae05f4a3da4(uint8_t *RESTRICT out, const uint8_t *RESTRI
 }
 /* out = results of H rows, of which a is the first, for the 16 channels of vector v; their scales and sums of
    bytes lie side by side, their codes are unpacked */
-INLINE void rows_52082ae05f4a3da4(const int H, const int8_t *RESTRICT a, const float *RESTRICT scales,
+INLINE void rows_5e11ca8963f3fe1c(const int H, const int8_t *RESTRICT a, const float *RESTRICT scales,
     const int32_t *RESTRICT sums, const uint8_t *p, const uint8_t *RESTRICT codes, long v, long K,
     const uint8_t *next, f32x16 *RESTRICT out) {
   const long width = WIDTH(K), groups = K / width, size = 192L + width * 32;
@@ -218,7 +218,7 @@ INLINE void rows_52082ae05f4a3da4(const int H, const int8_t *RESTRICT a, const f
   UNROLL for (int r = 0; r < H; r++) out[r * 1] = f[r];
 }
 
-static int tiles_52082ae05f4a3da4(
+static int tiles_5e11ca8963f3fe1c(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint8_t *RESTRICT w, float *RESTRICT y, const float *RESTRICT bias, const float *RESTRICT residual, long M, long N, long K, long first, long last) {
   const long width = WIDTH(K), groups = K / width, size = 192L + width * 32;
@@ -241,7 +241,7 @@ static int tiles_52082ae05f4a3da4(
   tiles_of(R, 64);
   for (long block = first; block < last; block++) {
     const uint8_t *p = w + block * groups * size;
-    if (count > 1) for (long v = 0; v < 4; v++) unpack_52082ae05f4a3da4(codes + 16 * K * v, p, v, K);
+    if (count > 1) for (long v = 0; v < 4; v++) unpack_5e11ca8963f3fe1c(codes + 16 * K * v, p, v, K);
     for (long t = 0; t < count; t++) {
       const long at = t * R, m0 = at + R < M ? at : M - R;
       const uint8_t *next = t || block + 1 == last ? 0 : p + groups * size;
@@ -249,9 +249,9 @@ static int tiles_52082ae05f4a3da4(
         f32x16 f[16][1];
         for (int i = 0; i < 1; i++) {
           uint8_t *const mine = codes + (count > 1 ? 16 * K * (v0 + 2 * i) : 0);
-          if (count == 1) unpack_52082ae05f4a3da4(mine, p, v0 + 2 * i, K);   /* used once: they stay near */
+          if (count == 1) unpack_5e11ca8963f3fe1c(mine, p, v0 + 2 * i, K);   /* used once: they stay near */
 #define ROWS(H) \
-          rows_52082ae05f4a3da4(H, xq + m0 * K, scales + 16 * t * groups, sums + 16 * t * groups, p, mine, \
+          rows_5e11ca8963f3fe1c(H, xq + m0 * K, scales + 16 * t * groups, sums + 16 * t * groups, p, mine, \
                      v0 + 2 * i, K, next, f[0] + i)
           if (R > 8) ROWS(16); else ROWS(8);
 #undef ROWS
@@ -276,18 +276,27 @@ static int tiles_52082ae05f4a3da4(
 }
 #endif
 
-static void quant_linear_52082ae05f4a3da4(
+#ifndef WAYS
+#define WAYS 6
+/* which bucket a number of rows is in: 1, 2, 4, 8, 16, 64 and more */
+INLINE int bucket_of(long M) { return (M >= 2) + (M >= 4) + (M >= 8) + (M >= 16) + (M >= 64); }
+#endif
+
+#if defined(TILE_LOAD)
+static signed char way_5e11ca8963f3fe1c[WAYS] = {0, 0, 1, 1, 1, 1};
+#endif
+static void quant_linear_5e11ca8963f3fe1c(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint8_t *RESTRICT w, float *RESTRICT y, const float *RESTRICT bias, const float *RESTRICT residual, long M, long N, long K, long first, long last) {
 #if defined(TILE_LOAD)
-  if (M >= 4 && 1 && tiles_52082ae05f4a3da4(xq, xs, xsum, w, y, bias, residual, M, N, K, first, last))
-    return;
+  if (way_5e11ca8963f3fe1c[bucket_of(M)] && 1
+      && tiles_5e11ca8963f3fe1c(xq, xs, xsum, w, y, bias, residual, M, N, K, first, last)) return;
 #endif
   for (long block = first; block < last; block++) {
     long m = 0;
-    for (; m + 6 <= M; m += 6) { tile6_52082ae05f4a3da4(0, m, block, xq, xs, xsum, w, y, bias, residual, N, K); tile6_52082ae05f4a3da4(2, m, block, xq, xs, xsum, w, y, bias, residual, N, K); }
-    for (; m + 3 <= M; m += 3) { tile3_52082ae05f4a3da4(0, m, block, xq, xs, xsum, w, y, bias, residual, N, K); }
-    for (; m + 2 <= M; m += 2) { tile2_52082ae05f4a3da4(0, m, block, xq, xs, xsum, w, y, bias, residual, N, K); }
-    for (; m + 1 <= M; m += 1) { tile1_52082ae05f4a3da4(0, m, block, xq, xs, xsum, w, y, bias, residual, N, K); }
+    for (; m + 6 <= M; m += 6) { tile6_5e11ca8963f3fe1c(0, m, block, xq, xs, xsum, w, y, bias, residual, N, K); tile6_5e11ca8963f3fe1c(2, m, block, xq, xs, xsum, w, y, bias, residual, N, K); }
+    for (; m + 3 <= M; m += 3) { tile3_5e11ca8963f3fe1c(0, m, block, xq, xs, xsum, w, y, bias, residual, N, K); }
+    for (; m + 2 <= M; m += 2) { tile2_5e11ca8963f3fe1c(0, m, block, xq, xs, xsum, w, y, bias, residual, N, K); }
+    for (; m + 1 <= M; m += 1) { tile1_5e11ca8963f3fe1c(0, m, block, xq, xs, xsum, w, y, bias, residual, N, K); }
   }
 }

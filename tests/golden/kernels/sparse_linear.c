@@ -35,7 +35,7 @@ static BY_EXPANDING inline __attribute__((always_inline)) u8x64 expanded(u8x64 v
 #endif
 #endif
 
-static  inline __attribute__((always_inline)) void few1_plain_c1b26db53fa4edc8(long m0, long block,
+static  inline __attribute__((always_inline)) void few1_plain_013c2d3b7595192d(long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT p,
     float *RESTRICT y, long N, long K) {
@@ -68,7 +68,7 @@ static  inline __attribute__((always_inline)) void few1_plain_c1b26db53fa4edc8(l
   }
 }
 
-static  inline __attribute__((always_inline)) void few2_plain_c1b26db53fa4edc8(long m0, long block,
+static  inline __attribute__((always_inline)) void few2_plain_013c2d3b7595192d(long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT p,
     float *RESTRICT y, long N, long K) {
@@ -101,7 +101,7 @@ static  inline __attribute__((always_inline)) void few2_plain_c1b26db53fa4edc8(l
   }
 }
 
-static  inline __attribute__((always_inline)) void few3_plain_c1b26db53fa4edc8(long m0, long block,
+static  inline __attribute__((always_inline)) void few3_plain_013c2d3b7595192d(long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT p,
     float *RESTRICT y, long N, long K) {
@@ -134,7 +134,7 @@ static  inline __attribute__((always_inline)) void few3_plain_c1b26db53fa4edc8(l
   }
 }
 
-static  void few_plain_c1b26db53fa4edc8(
+static  void few_plain_013c2d3b7595192d(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT codes,
     const int64_t *RESTRICT starts, float *RESTRICT y, long M, long N, long K,
@@ -142,16 +142,16 @@ static  void few_plain_c1b26db53fa4edc8(
   for (long block = first; block < last; block++) {
     long m = 0;
     for (; m + 3 <= M; m += 3)
-      few3_plain_c1b26db53fa4edc8(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
+      few3_plain_013c2d3b7595192d(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
     for (; m + 2 <= M; m += 2)
-      few2_plain_c1b26db53fa4edc8(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
+      few2_plain_013c2d3b7595192d(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
     for (; m + 1 <= M; m += 1)
-      few1_plain_c1b26db53fa4edc8(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
+      few1_plain_013c2d3b7595192d(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
   }
 }
 
 /* every block as quant_linear has it, then all rows through it */
-static  void whole_plain_c1b26db53fa4edc8(
+static  void whole_plain_013c2d3b7595192d(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT codes,
     const int64_t *RESTRICT starts, float *RESTRICT y, long M, long N, long K,
@@ -175,7 +175,7 @@ static  void whole_plain_c1b26db53fa4edc8(
 }
 
 #if defined(__AVX512F__)
-static BY_EXPANDING inline __attribute__((always_inline)) void few1_expanding_c1b26db53fa4edc8(long m0, long block,
+static BY_EXPANDING inline __attribute__((always_inline)) void few1_expanding_013c2d3b7595192d(long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT p,
     float *RESTRICT y, long N, long K) {
@@ -208,7 +208,7 @@ static BY_EXPANDING inline __attribute__((always_inline)) void few1_expanding_c1
   }
 }
 
-static BY_EXPANDING inline __attribute__((always_inline)) void few2_expanding_c1b26db53fa4edc8(long m0, long block,
+static BY_EXPANDING inline __attribute__((always_inline)) void few2_expanding_013c2d3b7595192d(long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT p,
     float *RESTRICT y, long N, long K) {
@@ -241,7 +241,7 @@ static BY_EXPANDING inline __attribute__((always_inline)) void few2_expanding_c1
   }
 }
 
-static BY_EXPANDING inline __attribute__((always_inline)) void few3_expanding_c1b26db53fa4edc8(long m0, long block,
+static BY_EXPANDING inline __attribute__((always_inline)) void few3_expanding_013c2d3b7595192d(long m0, long block,
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT p,
     float *RESTRICT y, long N, long K) {
@@ -274,7 +274,7 @@ static BY_EXPANDING inline __attribute__((always_inline)) void few3_expanding_c1
   }
 }
 
-static BY_EXPANDING void few_expanding_c1b26db53fa4edc8(
+static BY_EXPANDING void few_expanding_013c2d3b7595192d(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT codes,
     const int64_t *RESTRICT starts, float *RESTRICT y, long M, long N, long K,
@@ -282,16 +282,16 @@ static BY_EXPANDING void few_expanding_c1b26db53fa4edc8(
   for (long block = first; block < last; block++) {
     long m = 0;
     for (; m + 3 <= M; m += 3)
-      few3_expanding_c1b26db53fa4edc8(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
+      few3_expanding_013c2d3b7595192d(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
     for (; m + 2 <= M; m += 2)
-      few2_expanding_c1b26db53fa4edc8(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
+      few2_expanding_013c2d3b7595192d(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
     for (; m + 1 <= M; m += 1)
-      few1_expanding_c1b26db53fa4edc8(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
+      few1_expanding_013c2d3b7595192d(m, block, xq, xs, xsum, scales, bits, codes + starts[block], y, N, K);
   }
 }
 
 /* every block as quant_linear has it, then all rows through it */
-static BY_EXPANDING void whole_expanding_c1b26db53fa4edc8(
+static BY_EXPANDING void whole_expanding_013c2d3b7595192d(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT codes,
     const int64_t *RESTRICT starts, float *RESTRICT y, long M, long N, long K,
@@ -315,7 +315,7 @@ static BY_EXPANDING void whole_expanding_c1b26db53fa4edc8(
 }
 
 #endif
-static void sparse_linear_c1b26db53fa4edc8(
+static void sparse_linear_013c2d3b7595192d(
     const int8_t *RESTRICT xq, const float *RESTRICT xs, const int32_t *RESTRICT xsum,
     const uint16_t *RESTRICT scales, const uint64_t *RESTRICT bits, const uint8_t *RESTRICT codes,
     const int64_t *RESTRICT starts, float *RESTRICT y, long M, long N, long K,
@@ -324,13 +324,13 @@ static void sparse_linear_c1b26db53fa4edc8(
   uint8_t *block = M > 3 ? malloc(size + 64) : 0;
 #if defined(__AVX512F__)
   if (__builtin_cpu_supports("avx512vbmi2")) {
-    if (block) whole_expanding_c1b26db53fa4edc8(xq, xs, xsum, scales, bits, codes, starts, y, M, N, K, first, last, block, size);
-    else few_expanding_c1b26db53fa4edc8(xq, xs, xsum, scales, bits, codes, starts, y, M, N, K, first, last);
+    if (block) whole_expanding_013c2d3b7595192d(xq, xs, xsum, scales, bits, codes, starts, y, M, N, K, first, last, block, size);
+    else few_expanding_013c2d3b7595192d(xq, xs, xsum, scales, bits, codes, starts, y, M, N, K, first, last);
     free(block);
     return;
   }
 #endif
-  if (block) whole_plain_c1b26db53fa4edc8(xq, xs, xsum, scales, bits, codes, starts, y, M, N, K, first, last, block, size);
-  else few_plain_c1b26db53fa4edc8(xq, xs, xsum, scales, bits, codes, starts, y, M, N, K, first, last);
+  if (block) whole_plain_013c2d3b7595192d(xq, xs, xsum, scales, bits, codes, starts, y, M, N, K, first, last, block, size);
+  else few_plain_013c2d3b7595192d(xq, xs, xsum, scales, bits, codes, starts, y, M, N, K, first, last);
   free(block);
 }
