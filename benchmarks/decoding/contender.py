@@ -27,7 +27,12 @@ Ids = list[list[int]]
 
 
 class Effc:
-    """The generated C program. Setting: float32, bfloat16, or bits (groups of 64, or as 4g32; head of 8)."""
+    """The generated C program. Setting: float32, bfloat16, or bits (groups of 64, or as 4g32; head of 8).
+
+    4 bits in groups of 64 have zero codes: of the grids that were tried on zoo:pylm (rounded, with and
+    without zero codes, ranges whole or fitted, groups of 32 and 64; GPTQ), this one loses least below the
+    5.03 bits of Q4_0, and less than that.
+    """
 
     def __init__(self, setting: str, folder: str, threads: int) -> None:
         import torch
@@ -43,10 +48,10 @@ class Effc:
         bits, _, group = setting.partition("g")
         if bits.isdigit():
             rewriter = Rewriter(model)
-            head = {"on": "head", "bits": 8}
-            RTN.model_validate({"bits": int(bits), "group": int(group or 64), "rules": [head]}).rewrite(
-                rewriter
-            )
+            head = {"on": "head", "bits": 8, "scheme": "symmetric"}
+            grid = {"bits": int(bits), "group": int(group or 64), "rules": [head]}
+            grid["scheme"] = "asymmetric" if setting == "4" else "symmetric"
+            RTN.model_validate(grid).rewrite(rewriter)
             model = rewriter.done()
         self.ready, self.decoder = ready(model, None, threads), ProgramDecoder
         self.vocab = self.ready.lowered.plan.vocab
