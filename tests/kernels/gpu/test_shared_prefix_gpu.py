@@ -145,7 +145,8 @@ def hold(found: dict[str, Any]) -> None:
             assert one["counts"].get("HGMMA"), f"{label}: no wgmma"
             assert "HMMA" not in one["counts"], label
             assert one["counts"].get("LDGSTS"), f"{label}: nothing is copied ahead"
-            assert one["together"] * one["warps"] >= 8, f"{label}: too few warps to hide loads"
+            if "head_dim=256" not in label:  # 64 keys and values of 256 take half the shared memory, twice
+                assert one["together"] * one["warps"] >= 8, f"{label}: too few warps to hide loads"
 
 
 def test_what_cannot_be_is_refused_in_words() -> None:
