@@ -157,9 +157,10 @@ def verify(options: argparse.Namespace) -> int:
 def explain(options: argparse.Namespace) -> int:
     """A stage of an artefact; codes and methods belong to the language."""
     if Path(options.what).is_dir():
+        from effc.runtime.decoder import TRITON
         from effc.runtime.story import explained, explained_text
 
-        record = explained(Path(options.what), options.stage)
+        record = explained(Path(options.what), options.stage, TRITON.get(options.kernels))
         if options.json:
             _print_json(record)
         else:

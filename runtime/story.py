@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from effc.compiler.plan_text import table
 from effc.dsl.resolved import flat_names, text_of
@@ -16,11 +16,16 @@ from effc.runtime.catalogue import catalogue
 from effc.runtime.compiled import Compiled, ExpectRun, StageRun
 from effc.runtime.kernel_table import kernel_lines, kernels_of
 from effc.runtime.kernel_texts import kernel_texts
+from effc.runtime.kernel_ways import way_lines, ways_of
 from effc.runtime.report import page
 from effc.runtime.report_words import many
+from effc.runtime.score_table import score_lines
 from effc.runtime.store import Store
 from effc.specs.diagnostic import Diagnostic, EffcError
 from effc.specs.units import fmt_bytes, fmt_seconds
+
+if TYPE_CHECKING:
+    from effc.passes.lower.gpu import Rows
 
 LIBRARIES = ("effc", "torch", "numpy", "safetensors", "tokenizers")
 _EDITS_SHOWN = 40
@@ -84,8 +89,10 @@ def _libraries() -> Iterator[tuple[str, str]]:
             continue
 
 
-def explained(folder: Path, stage: str | None) -> dict[str, Any]:
+def explained(folder: Path, stage: str | None, rows: Rows | None = None) -> dict[str, Any]:
     """A stage of an artefact: what it did, with which arguments, what it selected, what it promised.
+
+    `rows` names the launches of a GPU in place of the C program's kernels (see `kernels_of`).
 
     Raises:
         EffcError: E683 when the artefact has no such stage or tells nothing; what reading it refuses.
@@ -105,7 +112,9 @@ def explained(folder: Path, stage: str | None) -> dict[str, Any]:
     edits = [list(edit[1:]) for edit in told.edits if edit[0] == name]
     told_more: dict[str, Any] = {"parts": locked.get("parts"), "log": edits}
     if name == told.lock.get("model"):
-        told_more["kernels"] = kernels_of(artifact.read(folder))
+        model = artifact.read(folder)
+        told_more |= {"kernels": kernels_of(model, rows), "ways": [] if rows else ways_of(model)}
+        told_more["on"] = "a GPU" if rows else "a CPU"
     return dict(stages[name]) | told_more
 
 
@@ -135,12 +144,19 @@ def _lines(record: Mapping[str, Any]) -> Iterator[str]:
         worst = sorted(record["errors"].items(), key=lambda item: -item[1])[:5]
         yield "largest errors"
         yield from ("  " + line for line in table([(p, f"{e:.3g}") for p, e in worst], left=1))
+    if scores := (record.get("measures") or {}).get("scores"):
+        yield "scores"
+        yield from ("  " + line for line in score_lines(scores))
     if (kernels := record.get("kernels")) is not None:
         if kernels["rows"]:
-            yield "kernels, on a CPU"
+            yield f"kernels, on {record['on']}"
             yield from ("  " + line for line in table(kernel_lines(kernels), left=4))
         else:
-            yield f"no C program, so torch runs the model: {kernels['why']}"
+            kind = "C program" if record["on"] == "a CPU" else "Triton kernels"
+            yield f"no {kind}, so torch runs the model: {kernels['why']}"
+    if record.get("ways"):
+        yield "how kernels go about rows on this machine, with the same bits each way"
+        yield from ("  " + line for line in table(way_lines(record["ways"]), left=4))
     if record["log"]:
         yield many(len(record["log"]), "edit")
         yield from ("  " + line for line in table(record["log"][:_EDITS_SHOWN], left=3))

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from effc.runtime.cli import main
+from effc.runtime.kernel_table import kernels_of
+from tests.passes.gpu_models import llama, packed
 
 from .workplace import Workplace
 
@@ -147,6 +149,25 @@ def test_a_stage_of_an_artefact_is_explained(built: Built, capsys: pytest.Captur
     assert "bits = 4" in said
     assert main(["explain", str(built.small), "smal"]) == 1
     assert "error[E683]" in capsys.readouterr().err
+
+
+def test_why_an_artefact_has_no_launches_is_told_without_a_gpu(
+    built: Built, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("triton", reason="Triton has builds for Linux only")
+    assert main(["explain", str(built.small), "--kernels", "triton"]) == 0
+    said = capsys.readouterr().out
+    assert "no Triton kernels, so torch runs the model: `layers.0.attention" in said
+    assert "kernels, on a CPU" not in said
+
+
+def test_launches_are_named_without_a_gpu() -> None:
+    pytest.importorskip("triton", reason="Triton has builds for Linux only")
+    rows = kernels_of(packed(llama(), bits=4, group=64), "int8")["rows"]
+    heads = next(row for row in rows if row["nodes"] == "attention.q, k, v")
+    assert heads["where"] == "layers 0-1"
+    assert heads["kernel"].startswith("byte_linear ")
+    assert rows[0]["why"] == "rows of a table, looked up by torch"
 
 
 def test_a_method_is_explained_in_the_words_of_the_language(capsys: pytest.CaptureFixture[str]) -> None:
