@@ -206,9 +206,7 @@ def _planes(build: Builder, job: Linear, spec: BinaryPlanesSpec) -> None:
     names = [build.keep(f"{job.matrices[0].tensor}:{part}", make) for part, make in made.items()]
     extra, reads = further(build, job, names)
     runs = n // spec.share if spec.share and spec.side == "columns" else 1
-    text = (
-        f"binary_planes_{spec.key}({{{x}}}, {{0}}, {{1}}, {{{out}}}{extra}, M, {n}, {k}, {runs}, i0, i1);"
-    )
+    text = f"binary_planes_{spec.key}({{{x}}}, {{0}}, {{1}}, {{{out}}}{extra}, M, {n}, {k}, {runs}, i0, i1);"
     functions, items = [planes_c.function(spec)], str(-(-n // BLOCK))
     build.add(
         "binary_planes", Split.ITEMS, [x, *reads], [out], text, job, names, functions, items, specs=[spec]
