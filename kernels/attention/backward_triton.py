@@ -10,7 +10,7 @@ registers beside dk and dv.
 from __future__ import annotations
 
 from effc.kernels.attention.heads_triton import bent, lanes, rows_of, scored
-from effc.kernels.attention.sight_triton import edges
+from effc.kernels.attention.sight_triton import edges, walk
 from effc.kernels.attention.spec import AttentionGpuSpec
 
 
@@ -95,12 +95,8 @@ def keys_kernel(dout, q, k, v, lse, delta, tiles, dk, dv, T):
 def _queries(spec: AttentionGpuSpec) -> str:
     tile, h, hk, d = spec.of_queries, spec.heads, spec.kv_heads, spec.head_dim
     bm, bn = tile.queries, tile.keys
-    call = "qs, gs, sums, less, k, v, n, rm, end, kv, dqs"
-    window = (
-        f"        for n in range(low, some, {bn}):\n            dqs = queries_step({call}, MASK=True)\n"
-        if spec.window is not None
-        else ""
-    )
+    call = "dqs = queries_step(qs, gs, sums, less, k, v, n, rm, end, kv, dqs"
+    loops = edges(spec, bm, bn) + walk(spec, bn, call)
     return f'''@triton.jit
 def queries_step(qs, gs, sums, less, k, v, n, rm, end, kv, dqs, MASK: tl.constexpr):
     """keys n to n + {bn}: dq (without scale) goes on"""
@@ -133,9 +129,5 @@ def queries_kernel(dout, q, k, v, lse, delta, tiles, dq, T):
         sums = tl.load(lse + head * T + rm, mask=live, other=0.0)
         less = tl.load(delta + head * T + rm, mask=live, other=0.0)
         dqs = tl.zeros(({bm}, {lanes(d)}), tl.float32)
-{edges(spec, bm, bn)}{window}        for n in range(some, most, {bn}):
-            dqs = queries_step({call}, MASK=False)
-        for n in range(most, high, {bn}):
-            dqs = queries_step({call}, MASK=True)
-        tl.store(dq + at, (dqs * {spec.scale!r}).to(dq.dtype.element_ty), mask={rows_of(d, "live")})
+{loops}        tl.store(dq + at, (dqs * {spec.scale!r}).to(dq.dtype.element_ty), mask={rows_of(d, "live")})
 '''

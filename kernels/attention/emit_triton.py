@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from effc.kernels.attention.backward_triton import backward
 from effc.kernels.attention.heads_triton import columns_of, lanes, rows_of, scored
-from effc.kernels.attention.sight_triton import edges, seen
+from effc.kernels.attention.sight_triton import edges, seen, walk
 from effc.kernels.attention.spec import AttentionGpuSpec
 
 
@@ -46,13 +46,8 @@ D = {spec.head_dim}'''
 
 def _forward(spec: AttentionGpuSpec) -> str:
     tile, h, hk, d = spec.forward, spec.heads, spec.kv_heads, spec.head_dim
-    call = "qs, k, v, n, rm, end, kv, acc, total, top"
-    window = (
-        f"        for n in range(low, some, {tile.keys}):\n"
-        f"            acc, total, top = forward_step({call}, MASK=True)\n"
-        if spec.window is not None
-        else ""
-    )
+    call = "acc, total, top = forward_step(qs, k, v, n, rm, end, kv, acc, total, top"
+    loops = edges(spec, tile.queries, tile.keys) + walk(spec, tile.keys, call)
     return f'''@triton.jit
 def forward_step(qs, k, v, n, rm, end, kv, acc, total, top, MASK: tl.constexpr):
     """keys n to n + {tile.keys}: acc, the sum of weights and the largest score go on"""
@@ -88,11 +83,7 @@ def forward_kernel(q, k, v, tiles, out, lse, T):
         acc = tl.zeros(({tile.queries}, {lanes(d)}), tl.float32)
         total = tl.zeros(({tile.queries},), tl.float32)
         top = tl.full(({tile.queries},), -float("inf"), tl.float32)
-{edges(spec, tile.queries, tile.keys)}{window}        for n in range(some, most, {tile.keys}):
-            acc, total, top = forward_step({call}, MASK=False)
-        for n in range(most, high, {tile.keys}):
-            acc, total, top = forward_step({call}, MASK=True)
-        tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask={rows_of(d, "live")})
+{loops}        tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask={rows_of(d, "live")})
         tl.store(lse + head * T + rm, (top + tl.log2(total)).to(lse.dtype.element_ty), mask=live)
 '''
 

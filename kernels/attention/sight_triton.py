@@ -40,3 +40,19 @@ def edges(spec: AttentionGpuSpec, queries: int, keys: int) -> str:
         reach = f"tl.maximum(first + {queries - spec.window} - begin, 0)"
         lines.append(f"some = tl.minimum(begin + ({reach} + {keys - 1}) // {keys} * {keys}, most)")
     return "".join(f"        {line}\n" for line in lines)
+
+
+def walk(spec: AttentionGpuSpec, keys: int, step: str) -> str:
+    """Lines: `step` for each of the parts that `edges` names, with its MASK.
+
+    Behind a window, heads wider than 128 test every pair in one part: three do not fit the registers.
+    """
+    parts = [("some", "most", False), ("most", "high", True)]
+    if spec.window is not None and spec.head_dim > 128:
+        parts = [("low", "high", True)]
+    elif spec.window is not None:
+        parts = [("low", "some", True), *parts]
+    return "".join(
+        f"        for n in range({first}, {last}, {keys}):\n            {step}, MASK={mask})\n"
+        for first, last, mask in parts
+    )
