@@ -68,6 +68,15 @@ def _begin(spec: SharedPrefixSpec, rows: int) -> str:
 
 def _many(spec: SharedPrefixSpec) -> str:
     h, hk, d, n = spec.heads, spec.kv_heads, spec.head_dim, spec.keys
+    masked, walk = "low", ""  # heads wider than 128 leave no registers for a walk without a mask
+    if d <= 128:
+        masked, walk = (
+            "most",
+            f"""    most = low + tl.maximum(stop - low, 0) // {n} * {n}
+    for n in range(low, most, {n}):
+        acc, total, top = many_step(qs, k, v, n, stop, kv, acc, total, top, MASK=False)
+""",
+        )
     return f'''@triton.jit
 def many_step(qs, k, v, n, stop, kv, acc, total, top, MASK: tl.constexpr):
     """keys n to n + {n}: acc, the sum of weights and the largest score go on"""
@@ -94,10 +103,7 @@ def many_kernel(q, k, v, begin, end, tasks, row, part, outs, sums):
     acc = tl.zeros(({MANY}, {lanes(d)}), tl.float32)
     total = tl.zeros(({MANY},), tl.float32)
     top = tl.full(({MANY},), -float("inf"), tl.float32)
-    most = low + tl.maximum(stop - low, 0) // {n} * {n}
-    for n in range(low, most, {n}):
-        acc, total, top = many_step(qs, k, v, n, stop, kv, acc, total, top, MASK=False)
-    for n in range(most, stop, {n}):
+{walk}    for n in range({masked}, stop, {n}):
         acc, total, top = many_step(qs, k, v, n, stop, kv, acc, total, top, MASK=True)
     mine = to * {h} + head
     share = 1.0 / tl.where(total > 0.0, total, 1.0)
