@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+import effc.runtime.generate  # noqa: F401  models learn to generate by it
 from effc.compiler.cost import count
 from effc.compiler.losses import IGNORED
 from effc.compiler.method import Batch, Context
