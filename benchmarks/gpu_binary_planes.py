@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_contest import Call, Make, Row, asked, checked, contest, table
+from gpu_contest import Call, Make, Row, asked, checked, contest, dense, table
 
 SHAPES = ((4096, 14336), (8192, 28672))
 """Columns and channels."""
@@ -28,7 +28,7 @@ def main() -> int:
     rows: list[Row] = []
     for k, n in SHAPES:
         for m in ROWS:
-            made = {"torch": _torch(m, n, k), "effc:4 bits": _codes(m, n, k)}
+            made = {"torch": dense(m, n, k), "effc:4 bits": _codes(m, n, k)}
             for side in ("rows", "columns"):
                 made |= {f"effc:{p} planes, {side}": _planes(m, n, k, p, side) for p in PLANES}
             rows += contest(f"{m} rows, {k} x {n}", made, n * k // 8, runs)
@@ -42,17 +42,6 @@ def _specs() -> list[tuple[Any, Any]]:
 
     both = [{"planes": p, "side": "rows", "share": 128} for p in PLANES]
     return [(gpu, gpu.parse(fields)) for fields in (*both, {"planes": 3, "side": "columns"})]
-
-
-def _torch(m: int, n: int, k: int) -> Make:
-    import torch
-    import torch.nn.functional as F
-
-    def make() -> Call:
-        x, w = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
-        return lambda: F.linear(x, w)
-
-    return make
 
 
 def _codes(m: int, n: int, k: int) -> Make:

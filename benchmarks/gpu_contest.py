@@ -31,6 +31,16 @@ def asked(words: str | None) -> int:
     return runs
 
 
+def dense(m: int, n: int, k: int) -> Make:
+    """Torch's own product in bfloat16: x [m, k], W [n, k]."""
+
+    def make() -> Call:
+        x, w = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
+        return lambda: torch.nn.functional.linear(x, w)
+
+    return make
+
+
 def contest(job: str, contenders: Mapping[str, Make], size: int, runs: int) -> list[Row]:
     """Microseconds of a call, and memory that it takes beside operands; ratios are to the first, cold.
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_contest import Call, Make, Row, asked, checked, contest, table
+from gpu_contest import Call, Make, Row, asked, checked, contest, dense, table
 
 SHAPES = ((4096, 14336), (8192, 28672))
 """Columns and channels."""
@@ -30,7 +30,7 @@ def main() -> int:
     rows: list[Row] = []
     for k, n in SHAPES:
         for m in ROWS:
-            made = {"cuBLAS": _torch(m, n, k), "effc:8 bits": _codes(m, n, k), "effc:2:4": _half(m, n, k)}
+            made = {"cuBLAS": dense(m, n, k), "effc:8 bits": _codes(m, n, k), "effc:2:4": _half(m, n, k)}
             for values in ("bfloat16", "int8"):
                 made |= {f"effc:{z:.0%} zeros, {values}": _bitmap(m, n, k, z, values) for z in ZEROS}
             rows += contest(f"{m} rows, {k} x {n}", made, n * k // 2, runs)
@@ -44,17 +44,6 @@ def _specs() -> list[tuple[Any, Any]]:
 
     bitmaps: list[dict[str, object]] = [{}, {"values": "int8", "group": 128}]
     return [(gpu, gpu.parse({})), *((gpu_bitmap, gpu_bitmap.parse(fields)) for fields in bitmaps)]
-
-
-def _torch(m: int, n: int, k: int) -> Make:
-    import torch
-    import torch.nn.functional as F
-
-    def make() -> Call:
-        x, w = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
-        return lambda: F.linear(x, w)
-
-    return make
 
 
 def _codes(m: int, n: int, k: int) -> Make:
